@@ -1,0 +1,112 @@
+"""The only checks of shapes, ranges and labels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .errors import KindError, LabelError, RangeError, ShapeError
+from .levels import MAX_SEVERITY
+from .types import Task
+
+
+def check_images(images: Tensor, who: str) -> None:
+    """Check images at an entrance of the library.
+
+    Raises:
+        KindError: Not a floating point tensor.
+        ShapeError: Not (N, C, H, W), or empty.
+        RangeError: A pixel is NaN, infinite or outside [0, 1].
+    """
+    if not isinstance(images, Tensor):
+        raise KindError(
+            who,
+            "a torch tensor of shape (N, C, H, W)",
+            type(images).__name__,
+            "Convert it, e.g. torch.from_numpy(array).",
+        )
+    if not images.is_floating_point():
+        raise KindError(
+            who,
+            "float images in [0, 1]",
+            f"{str(images.dtype).removeprefix('torch.')}",
+            "Divide 8-bit images by 255: images.float() / 255.",
+        )
+    if images.ndim != 4:
+        hint = "Use images[None]" if images.ndim == 3 else "Add the missing axes"
+        raise ShapeError(who, "images of shape (N, C, H, W)", f"shape {tuple(images.shape)}", f"{hint}.")
+    if images.numel() == 0:
+        raise ShapeError(who, "at least one image and pixel", f"shape {tuple(images.shape)}", "The batch is empty.")
+    low, high = images.detach().aminmax()
+    if not torch.isfinite(low + high):
+        raise RangeError(who, "finite pixels", "NaN or infinite pixels", "Repair or drop those images.")
+    if low < 0 or high > 1:
+        raise RangeError(
+            who,
+            "pixels in [0, 1]",
+            f"[{low.item():.4g}, {high.item():.4g}]",
+            "Divide by 255, or pass value_range=(low, high) to load_data.",
+        )
+
+
+def check_labels(labels: Tensor, *, task: Task, num_classes: int, count: int, who: str) -> None:
+    """Check labels against the task and the number of classes.
+
+    Args:
+        labels: int64 (N,), or (N, L) for multi-label.
+        task: The declared task.
+        num_classes: Classes of the model, or labels for multi-label.
+        count: Number of images.
+        who: Name used in the message.
+
+    Raises:
+        ShapeError: Wrong number of rows or columns.
+        LabelError: A label is out of range.
+    """
+    if len(labels) != count:
+        raise ShapeError(who, f"{count} labels, one an image", f"{len(labels)}", "Check that both come from one split.")
+    if task == "multilabel":
+        if labels.ndim != 2 or labels.shape[1] != num_classes:
+            raise ShapeError(
+                who,
+                f"multi-label labels of shape (N, {num_classes})",
+                f"shape {tuple(labels.shape)}",
+                "One column a label, 0 or 1, and -1 where a label was not annotated.",
+            )
+        if labels.numel() and not bool(((labels >= -1) & (labels <= 1)).all()):
+            raise LabelError(who, "labels 0, 1 or -1", f"values up to {int(labels.max())}", "Binarise the labels.")
+        return
+    if labels.ndim != 1:
+        raise ShapeError(
+            who,
+            "labels of shape (N,)",
+            f"shape {tuple(labels.shape)}",
+            "Class indices, not one-hot rows; for several labels an image use task='multilabel'.",
+        )
+    if labels.numel() == 0:
+        return
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        off = " They seem to start at 1: subtract 1." if low == 1 and high == num_classes else ""
+        raise LabelError(
+            who,
+            f"labels from 0 to {num_classes - 1}, as the model has {num_classes} classes",
+            f"labels from {low} to {high}",
+            f"Check the class order and the model's number of outputs.{off}",
+        )
+
+
+def check_severity(severity: float, who: str) -> float:
+    """Return ``severity`` as float.
+
+    Raises:
+        KindError: It is not a number.
+        RangeError: It lies outside [0, 5].
+    """
+    if isinstance(severity, bool) or not isinstance(severity, (int, float)):
+        raise KindError(who, "severity as a number from 0 to 5", f"{severity!r}", "Pass e.g. severity=3.")
+    if not 0 <= severity <= MAX_SEVERITY:
+        raise RangeError(
+            who, "severity from 0 to 5", f"{severity}", "0 is the identity, 5 the strongest; .at() sets other values."
+        )
+    return float(severity)

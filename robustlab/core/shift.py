@@ -1,0 +1,127 @@
+"""Shift: anything that maps (batch, severity, context) to a batch of the same shape and dtype."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, final
+
+import torch
+from torch import Tensor
+
+from .checks import check_images, check_severity
+from .rng import SampleRng, content_ids
+from .types import Batch, ImageSpec
+
+if TYPE_CHECKING:
+    from .model import Model
+
+
+@dataclass(frozen=True)
+class ShiftContext:
+    """Everything a shift may depend on besides the batch and the severity.
+
+    Args:
+        seed: The user's seed.
+        epoch: Epoch of a training augmentation.
+        step: Step inside an epoch.
+        spec: What the pixel values mean; None when unknown.
+        model: The model under attack; None for corruptions.
+        device_keys: int64 (N,) keys of the scanner that took each image, for noise that belongs to a device.
+        path: Position in a tree of composed shifts.
+    """
+
+    seed: int = 0
+    epoch: int = 0
+    step: int = 0
+    spec: ImageSpec | None = None
+    model: Model | None = None
+    device_keys: Tensor | None = None
+    path: tuple[str, ...] = field(default=())
+
+    def child(self, label: str | int) -> ShiftContext:
+        """Return the context of a part of a composed shift."""
+        return dataclasses.replace(self, path=(*self.path, str(label)))
+
+    def select(self, index: Tensor) -> ShiftContext:
+        """Return the context of the samples at ``index``."""
+        if self.device_keys is None:
+            return self
+        return dataclasses.replace(self, device_keys=self.device_keys.index_select(0, index))
+
+    def rng(self, name: str, version: int, ids: Tensor) -> SampleRng:
+        """Return the keyed generator of a named, versioned shift at this place for these samples."""
+        stream = "/".join((*self.path, name, str(version)))
+        return SampleRng.make(self.seed, stream, ids, epoch=self.epoch, step=self.step)
+
+
+class Shift(ABC):
+    """A way in which inputs can change.
+
+    The work is split in two, so that a harness draws once and applies at many severities: ``prepare`` makes everything
+    random and does not know the severity; ``perform`` is pure.
+    """
+
+    name: ClassVar[str] = ""
+    version: ClassVar[int] = 1
+
+    @abstractmethod
+    def prepare(self, batch: Batch, ctx: ShiftContext) -> Any:
+        """Return the draws for a batch, keyed by (seed, name, version, path, id, epoch, step)."""
+
+    @abstractmethod
+    def perform(self, batch: Batch, draws: Any, severity: float, ctx: ShiftContext) -> Batch:
+        """Return the shifted batch for draws made by ``prepare``; ``severity`` is above 0."""
+
+    @abstractmethod
+    def parameters(self, severity: float) -> Mapping[str, tuple[float, str]]:
+        """Return parameter name to (value, unit) at a severity; the first one is the amount that reports print."""
+
+    def skip_reason(self, spec: ImageSpec) -> str | None:
+        """Return why the shift does not apply to images of this kind, or None."""
+        del spec
+        return None
+
+    @property
+    def label(self) -> str:
+        """Short name for tables."""
+        return self.name
+
+    @final
+    def on(self, batch: Batch, severity: float, ctx: ShiftContext) -> Batch:
+        """Return the batch at ``severity`` (0 to 5); 0 returns it unchanged, bit for bit."""
+        severity = check_severity(severity, repr(self))
+        if severity == 0:
+            return batch
+        return self.perform(batch, self.prepare(batch, ctx), severity, ctx)
+
+    @final
+    def __call__(self, images: Tensor, severity: float = 3, seed: int = 0, ids: Tensor | None = None) -> Tensor:
+        """Return shifted images.
+
+        Args:
+            images: float (N, C, H, W) in [0, 1].
+            severity: 0 (identity) to 5.
+            seed: Seed of the draws.
+            ids: int64 (N,) stable sample ids; without them, samples are keyed by their pixels.
+
+        Raises:
+            ShapeError: The images are not (N, C, H, W).
+            RangeError: The pixels leave [0, 1], or the severity leaves [0, 5].
+        """
+        check_images(images, repr(self))
+        keys = content_ids(images) if ids is None else ids.to(images.device)
+        return self.on(Batch(images=images, labels=None, ids=keys), severity, ShiftContext(seed=seed)).images
+
+
+def quantize(images: Tensor, spec: ImageSpec | None) -> Tensor:
+    """Return images as a source of this bit depth would store them (round half to even), unchanged for float sources.
+
+    The result equals, bit for bit, writing integers of that depth and reading them back.
+    """
+    if spec is None or spec.bits is None:
+        return images
+    top = float((1 << spec.bits) - 1)
+    return torch.round(images.to(torch.float32) * top).div_(top)

@@ -1,0 +1,95 @@
+"""Source: samples with stable ids that can be read at random."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .errors import UnknownNameError
+from .spec import array_fingerprint
+from .types import Batch, ImageSpec, Task
+
+
+@dataclass(frozen=True, eq=False)
+class SourceInfo:
+    """What is known of a source without decoding an image.
+
+    Args:
+        name: Short name for reports.
+        spec: Meaning of the pixels.
+        ids: int64 (N,), unique.
+        labels: int64 (N,), or (N, L) for multi-label, or None.
+        task: Task the labels are made for; None without labels.
+        class_names: Names of the classes or labels, or None.
+        groups: Column to int64 codes (N,), -1 for missing.
+        group_levels: Column to the names of codes 0, 1, ...
+        posterior: float64 (N, C) true class probabilities, known for generated data only.
+        notes: Sentences for the report, e.g. files that were quarantined.
+    """
+
+    name: str
+    spec: ImageSpec
+    ids: Tensor
+    labels: Tensor | None = None
+    task: Task | None = None
+    class_names: tuple[str, ...] | None = None
+    groups: Mapping[str, Tensor] = field(default_factory=dict)
+    group_levels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    posterior: Tensor | None = None
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Source(ABC):
+    """Samples that can be read in any order; ids, labels and group columns travel with them."""
+
+    info: SourceInfo
+
+    @abstractmethod
+    def pixels(self, index: Sequence[int]) -> Tensor:
+        """Return the decoded images at positions ``index``: float32 (len(index), C, H, W) in [0, 1], on the CPU."""
+
+    def __len__(self) -> int:
+        return len(self.info)
+
+    def read(self, index: Sequence[int]) -> Batch:
+        """Return the samples at positions ``index`` as a CPU batch."""
+        rows = torch.as_tensor(list(index), dtype=torch.int64)
+        info = self.info
+        return Batch(
+            images=self.pixels(index),
+            labels=None if info.labels is None else info.labels[rows],
+            ids=info.ids[rows],
+            groups={name: codes[rows] for name, codes in info.groups.items()},
+        )
+
+    def column(self, name: str) -> Tensor:
+        """Return the codes (N,) of a group column.
+
+        Raises:
+            UnknownNameError: No such column.
+        """
+        if name not in self.info.groups:
+            have = ", ".join(self.info.groups) or "none at all"
+            raise UnknownNameError(
+                f"data {self.info.name!r}",
+                f"a group column among: {have}",
+                repr(name),
+                "Pass the column to load_data(..., groups={...}) or leave it out.",
+            )
+        return self.info.groups[name]
+
+    def fingerprint(self) -> str:
+        """Return a hash of ids, labels and the pixels of up to 64 samples spread over the source."""
+        count = len(self)
+        spread = sorted({i * (count - 1) // 63 for i in range(64)}) if count > 1 else [0]
+        arrays = [("ids", self.info.ids), ("pixels", self.pixels(spread))]
+        if self.info.labels is not None:
+            arrays.append(("labels", self.info.labels))
+        return array_fingerprint(arrays)
