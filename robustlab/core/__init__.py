@@ -1,0 +1,1 @@
+"""Nouns and rules; imports torch, numpy and safetensors only."""

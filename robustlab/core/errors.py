@@ -20,6 +20,9 @@ class RobustlabError(Exception):
         self.got = got
         self.fix = fix
 
+    def __reduce__(self) -> tuple[type[RobustlabError], tuple[str, str, str, str]]:
+        return type(self), (self.who, self.expected, self.got, self.fix)
+
     def __str__(self) -> str:
         return f"{self.who}: expected {self.expected}, got {self.got}. {self.fix}"
 
@@ -73,6 +76,10 @@ class MissingExtraError(RobustlabError, ImportError):
 
 class PluginError(RobustlabError, ImportError):
     """A third-party plugin failed to load."""
+
+
+class ShadowError(RobustlabError, ImportError):
+    """Another module hides one of robustlab's own packages."""
 
 
 class RobustlabWarning(UserWarning):

@@ -37,7 +37,7 @@ class Levels:
             )
         if any(not math.isfinite(value) for value in self.values):
             raise RangeError("Levels", "finite values", f"{self.values}", "Only the identity may be infinite.")
-        if self.scale == "log" and min(self.values) <= 0:
+        if self.scale == "log" and not self.fixed and min(self.values) <= 0:
             raise RangeError("Levels", "positive values on a log scale", f"{self.values}", "Use scale='linear'.")
 
     def at(self, severity: float) -> float:

@@ -239,7 +239,7 @@ class WrappedModel(Model):
                 f"shape {tuple(raw.shape)}",
                 "The network must return one row an image.",
             )
-        return ModelOutputs(logits=self._to_logits(raw))
+        return ModelOutputs(logits=self._to_logits(raw), task=self.task)
 
     def _to_logits(self, raw: Tensor) -> Tensor:
         raw = raw.to(torch.float32)

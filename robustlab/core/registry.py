@@ -133,6 +133,7 @@ def _origin(item: object) -> str:
 CORRUPTIONS: Registry[type[Corruption]] = Registry(
     "corruption", providers=("corruptions",), group="robustlab.corruptions"
 )
+COMBINATORS: Registry[type[Shift]] = Registry("combinator", providers=("corruptions",), group="robustlab.combinators")
 ATTACKS: Registry[type[Attack]] = Registry("attack", providers=("corruptions",), group="robustlab.attacks")
 SUITES: Registry[Callable[[], tuple[Shift, ...]]] = Registry(
     "suite", providers=("corruptions",), group="robustlab.suites"
@@ -141,9 +142,15 @@ DETECTORS: Registry[type[Detector]] = Registry("detector", providers=("defenses"
 DEFENSES: Registry[type[Defense]] = Registry("defense", providers=("defenses",), group="robustlab.defenses")
 METRICS: Registry[type[Metric]] = Registry("metric", providers=("robustlab.metrics",), group="robustlab.metrics")
 
+register_corruption = CORRUPTIONS.register
+register_attack = ATTACKS.register
+register_detector = DETECTORS.register
+register_defense = DEFENSES.register
+register_metric = METRICS.register
+
 REGISTRIES: dict[str, Registry[object]] = {
     registry.kind: registry  # type: ignore[misc]
-    for registry in (CORRUPTIONS, ATTACKS, SUITES, DETECTORS, DEFENSES, METRICS)
+    for registry in (CORRUPTIONS, COMBINATORS, ATTACKS, SUITES, DETECTORS, DEFENSES, METRICS)
 }
 
 
@@ -151,7 +158,7 @@ def resolve(kind: str, name: str) -> object:
     """Return the member ``name`` of the registry ``kind`` without importing its package by hand.
 
     Args:
-        kind: One of ``corruption``, ``attack``, ``suite``, ``detector``, ``defense``, ``metric``.
+        kind: One of ``corruption``, ``combinator``, ``attack``, ``suite``, ``detector``, ``defense``, ``metric``.
         name: A registered name.
     """
     registry = REGISTRIES.get(kind)

@@ -34,6 +34,8 @@ def to_dict(value: Any) -> Any:
         return [to_dict(item) for item in value]
     if isinstance(value, Mapping):
         return {str(key): to_dict(item) for key, item in value.items()}
+    if getattr(value, "opaque", False):
+        return {"type": "opaque", "name": value.name, "version": value.version, "fields": {}}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: to_dict(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}
         for kind, cls in _PLAIN.items():
@@ -65,6 +67,13 @@ def from_dict(data: Any) -> Any:
         return float(data["float"])
     if "type" not in data:
         return {key: from_dict(item) for key, item in data.items()}
+    if data["type"] == "opaque":
+        raise ConfigError(
+            f"from_dict, {data['name']!r}",
+            "a configuration that can be rebuilt",
+            "a foreign object known by name and version only",
+            "Build it in Python again, with the same name= and version=.",
+        )
     fields = {key: from_dict(item) for key, item in data["fields"].items()}
     if data["type"] in _PLAIN:
         return _PLAIN[data["type"]](**fields)

@@ -150,12 +150,14 @@ class ModelOutputs:
         features: Tap name to (N, D).
         members: (S, N, C) log-probabilities of ensemble members, or None.
         scores: Score name to (N,), e.g. a defence's own OOD score; larger means more out of distribution.
+        task: Task of the model; says whether ``logits`` compete (softmax) or stand alone (one sigmoid a label).
     """
 
     logits: Tensor
     features: Mapping[str, Tensor] = field(default_factory=dict)
     members: Tensor | None = None
     scores: Mapping[str, Tensor] = field(default_factory=dict)
+    task: Task = "multiclass"
 
     def __len__(self) -> int:
         return len(self.logits)
@@ -169,4 +171,5 @@ class ModelOutputs:
             features={name: value[:count] for name, value in self.features.items()},
             members=None if self.members is None else self.members[:, :count],
             scores={name: value[:count] for name, value in self.scores.items()},
+            task=self.task,
         )

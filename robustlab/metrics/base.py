@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from .stats import Resampler
 
 Direction = Literal["higher", "lower", "none"]
+Statistic = Callable[[Tensor], Tensor]
+"""Maps float64 sample weights (N, b) of b replicates to values (b,), NaN where undefined."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Estimate:
         n_units: Independent units that entered (patients, or samples).
         method: How the interval was made, e.g. ``"wilson"`` or ``"bootstrap (patients), B=1000"``.
         reason: Why value or interval is undefined, e.g. ``"single_class"``; empty when both are defined.
+        effective_n: Trials of the Wilson interval of a proportion; NaN for everything else.
     """
 
     value: float
@@ -38,6 +42,7 @@ class Estimate:
     n_units: int
     method: str
     reason: str = ""
+    effective_n: float = math.nan
 
     @staticmethod
     def undefined(reason: str, *, n: int = 0, n_units: int = 0) -> Estimate:
@@ -62,8 +67,10 @@ class Frozen:
 
     Args:
         thresholds: float64 (L,) decision thresholds on the positive probability, one a label (one for two classes), or
-            None without validation data.
-        confidence: Refer cases whose confidence is at or below this value; NaN without validation data.
+            None without validation data. Positive is at or above; NaN for a label that lacks a class in validation;
+            empty for several classes, where the most probable one is the answer.
+        confidence: Refer cases whose confidence, as log-odds of the answer, is at or below this value; NaN without
+            validation data.
         detector: Scorer whose score refers cases too; empty without validation data.
         score: Refer cases whose score is at or above this value; NaN without validation data.
         referral: Agreed share of referred cases.
@@ -109,3 +116,8 @@ class Metric(ABC):
     @abstractmethod
     def compute(self, store: PredictionStore, context: Context) -> list[MetricValue]:
         """Return the values; undefined ones as NaN with a reason, an empty list where the metric does not apply."""
+
+    def statistics(self, store: PredictionStore, context: Context) -> Mapping[str, Statistic]:
+        """Return target to statistic, for paired comparisons; empty where nothing is defined."""
+        del store, context
+        return {}

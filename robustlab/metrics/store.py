@@ -75,6 +75,19 @@ class PredictionStore:
         return self.log_probs.exp()
 
     @cached_property
+    def log_odds(self) -> Tensor:
+        """float64 (N, C) log p / (1 - p) of each class or label, from logits: no ties where probabilities saturate."""
+        logits = self.logits.to(torch.float64)
+        if self.task == "multilabel" or self.num_classes < 2:
+            return logits
+        if self.num_classes == 2:
+            return logits - logits.flip(1)
+        odds = self.log_probs - torch.log1p(-self.probs)
+        top = torch.nan_to_num(logits, nan=-torch.inf).argmax(1, keepdim=True)
+        others = logits.scatter(1, top, -torch.inf).logsumexp(1, keepdim=True)
+        return odds.scatter(1, top, logits.gather(1, top) - others)
+
+    @cached_property
     def predicted(self) -> Tensor:
         """int64 (N,) most probable class, first index at ties; -1 for rows that are not finite. Not for multi-label."""
         answer = torch.nan_to_num(self.logits, nan=-torch.inf).argmax(1)

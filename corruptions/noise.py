@@ -1,0 +1,152 @@
+"""Scanner noise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from robustlab.core.corruption import Corruption, Draws
+from robustlab.core.levels import Levels
+from robustlab.core.registry import CORRUPTIONS
+from robustlab.core.rng import SampleRng
+
+from ._checks import check_levels
+
+_SMALL = 8.0  # mean count below which the distribution is summed, above which it is expanded
+_COMPACT = 4  # terms after which finished elements are dropped
+_LARGEST_U = 1 - 2.0**-17
+_BLOCK = 1 << 17  # elements worked on at once on the CPU: 512 KB, which stays in a core's cache
+
+
+def poisson_quantile(mean: Tensor, u: Tensor, z: Tensor) -> Tensor:
+    """Return Poisson quantiles F^-1(u; mean).
+
+    Means below 8 are summed from the bottom. Above, the Cornish-Fisher expansion in the normal quantile z
+
+        mean + sqrt(mean) z + (2 + z^2) / 6 - (2 z + z^3) / (72 sqrt(mean)) + (-16 + 7 z^2 + 3 z^4) / (810 mean)
+
+    is rounded down; over the 65,536 cell centres it differs, by one count, from the exact quantile for at most 6 in
+    10,000 draws (at mean 8; 2 in 10,000 from 16 to 400).
+
+    Args:
+        mean: float32, at least 0.
+        u: float32 cell centres of ``SampleRng.quantiles``, same shape.
+        z: float32 normal quantiles of ``u``, same shape.
+
+    Returns:
+        float32 counts, same shape.
+
+    References:
+        M. B. Giles, "Algorithm 955: approximation of the inverse Poisson cumulative distribution function", ACM
+        Transactions on Mathematical Software 42, 2016.
+    """
+    if mean.device.type != "cpu":
+        return torch.where(mean < _SMALL, _summed(mean.clamp_max(_SMALL), u), _expanded(mean.clamp_min(_SMALL), z))
+    flat, u, z = mean.reshape(-1), u.reshape(-1), z.reshape(-1)
+    out = torch.empty_like(flat)
+    for start in range(0, len(flat), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        rows = (flat[block] < _SMALL).nonzero().squeeze(1)
+        if len(rows) < len(flat[block]):
+            out[block] = _expanded(flat[block].clamp_min(_SMALL), z[block])
+        if len(rows):
+            out[block][rows] = _summed(flat[block][rows], u[block][rows])
+    return out.reshape(mean.shape)
+
+
+def _expanded(mean: Tensor, z: Tensor) -> Tensor:
+    root, square = mean.sqrt(), z * z
+    count = (root * z).add_(mean)
+    count.add_((square + 2).mul_(1 / 6))
+    count.sub_((square + 2).mul_(z).div_(root).mul_(1 / 72))
+    count.add_((square * 3).add_(7).mul_(square).sub_(16).div_(mean).mul_(1 / 810))
+    return count.floor_()
+
+
+def _summed(mean: Tensor, u: Tensor) -> Tensor:
+    probability = torch.exp(-mean)
+    total = probability.clone()
+    count = (total < u).to(torch.float32)
+    result, alive = count, torch.arange(0)
+    compact = mean.device.type == "cpu"  # on other devices asking who is left would stall the queue
+    for k in range(1, _most_counts()):
+        if compact and k % _COMPACT == 0:
+            left = (total < u).nonzero().squeeze(1)
+            if k > _COMPACT:
+                result[alive] = count
+            alive = left if k == _COMPACT else alive[left]
+            mean, u, probability, total, count = (each[left] for each in (mean, u, probability, total, count))
+        probability.mul_(mean).mul_(1 / k)
+        total.add_(probability)
+        count.add_(total < u)
+    if len(alive):
+        result[alive] = count
+    return result
+
+
+def _most_counts() -> int:
+    """Return the largest quantile there is below the switch to the expansion."""
+    term = total = 2.718281828459045**-_SMALL
+    k = 0
+    while total < _LARGEST_U:
+        k += 1
+        term *= _SMALL / k
+        total += term
+    return k
+
+
+@CORRUPTIONS.register("gaussian-noise")
+@dataclass(frozen=True)
+class GaussianNoise(Corruption):
+    """Additive white Gaussian noise of an amplifier, x + sigma z, independent for every pixel and channel.
+
+    Args:
+        sigma: Standard deviation, of full range.
+
+    References:
+        D. Hendrycks, T. Dietterich, "Benchmarking neural network robustness to common corruptions", 2019, 1903.12261.
+    """
+
+    family: ClassVar[str] = "noise"
+    sigma: Levels = Levels((0.03, 0.06, 0.10, 0.16, 0.25), identity=0.0, unit="of full range", scale="log")
+
+    def __post_init__(self) -> None:
+        check_levels(self, "sigma", self.sigma, 0)
+
+    def draw(self, rng: SampleRng, shape: tuple[int, int, int]) -> Draws:
+        return {"z": rng.normal("z", shape)}
+
+    def apply(self, images: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
+        return torch.add(images, draws["z"], alpha=values["sigma"])
+
+
+@CORRUPTIONS.register("poisson-noise")
+@dataclass(frozen=True)
+class PoissonNoise(Corruption):
+    """Quantum noise of counted photons, K / photons with K ~ Poisson(photons x), of variance x / photons.
+
+    The same uniform number is kept for each pixel at every dose, so that severities are paired.
+
+    Args:
+        photons: Mean count of a white pixel.
+
+    References:
+        D. Hendrycks, T. Dietterich, "Benchmarking neural network robustness to common corruptions", 2019, 1903.12261.
+    """
+
+    family: ClassVar[str] = "noise"
+    photons: Levels = Levels((400, 150, 60, 25, 10), identity=float("inf"), unit="photons at white", scale="log")
+
+    def __post_init__(self) -> None:
+        check_levels(self, "photons", self.photons, 1e-3)
+
+    def draw(self, rng: SampleRng, shape: tuple[int, int, int]) -> Draws:
+        return {"u": rng.quantiles("count", shape), "z": rng.normal("count", shape)}
+
+    def apply(self, images: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
+        photons = values["photons"]
+        return poisson_quantile(images * photons, draws["u"], draws["z"]).div_(photons)

@@ -1,0 +1,96 @@
+"""Histological staining, in natural-logarithm optical density."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robustlab.core.corruption import Corruption, Draws
+from robustlab.core.levels import Levels
+from robustlab.core.registry import CORRUPTIONS
+from robustlab.core.rng import SampleRng
+
+from ._checks import check_levels
+
+_FLOOR = 1 / 255  # darkest transmission that an 8-bit scanner tells from 0
+_TISSUE = 0.15  # mean optical density at which a pixel counts as tissue by 63 %
+
+
+def _stain_matrix() -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    """Return unit stain vectors in optical density: haematoxylin, eosin, and the residual H x E."""
+    haematoxylin, eosin = np.array([0.644, 0.717, 0.267]), np.array([0.093, 0.954, 0.283])
+    rows = np.stack([haematoxylin, eosin, np.cross(haematoxylin, eosin)])
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows
+
+
+STAINS = _stain_matrix()
+_UNMIX = tuple(tuple(map(float, column)) for column in np.linalg.inv(STAINS).T)
+_SHARES = (1.0, 1.0, 0.5)  # the residual is no stain, and moves half as far
+
+
+@CORRUPTIONS.register("stain-shift")
+@dataclass(frozen=True)
+class StainShift(Corruption):
+    """Stronger or weaker stains: the amounts c of haematoxylin, eosin and residual become alpha^s c + t beta w.
+
+    c M = OD = -ln(max(x, 1/255)) with a full 3 x 3 matrix M, so that at alpha = 1 and beta = 0 nothing changes. s and t
+    are -1 or 1, drawn for each image and stain, and half of that for the residual, which is no stain. Negative amounts
+    of a stain come from the lamp's colour and keep their value under alpha. The tissue weight
+    w = 1 - exp(-(mean OD / 0.15)^2) is 0 where the slide is empty, so that white stays white.
+
+    Args:
+        alpha: Factor of the stain amounts, at least 1.
+        beta: Offset of the stain amounts, in natural-log optical density.
+
+    References:
+        A. C. Ruifrok, D. A. Johnston, "Quantification of histochemical staining by color deconvolution", 2001.
+        D. Tellez et al., "Quantifying the effects of data augmentation and stain color normalization", 2019,
+        1902.06543.
+    """
+
+    family: ClassVar[str] = "staining"
+    channels: ClassVar[tuple[int, ...] | None] = (3,)
+    modalities: ClassVar[tuple[str, ...] | None] = ("histology",)
+    label_safety: ClassVar[Literal["safe", "conditional", "unsafe"]] = "conditional"
+    alpha: Levels = Levels((1.1, 1.2, 1.35, 1.5, 1.7), identity=1.0, unit="x stain amount", scale="log")
+    beta: Levels = Levels((0.01, 0.02, 0.04, 0.06, 0.08), identity=0.0, unit="natural-log OD")
+
+    def __post_init__(self) -> None:
+        check_levels(self, "alpha", self.alpha, 1)
+        check_levels(self, "beta", self.beta, 0)
+
+    def draw(self, rng: SampleRng, shape: tuple[int, int, int]) -> Draws:
+        del shape
+        return {"alpha": rng.sign("alpha", (3,)), "beta": rng.sign("beta", (3,))}
+
+    def apply(self, images: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
+        up = [values["alpha"] ** share - 1 for share in _SHARES]
+        down = [values["alpha"] ** -share - 1 for share in _SHARES]
+        step = [values["beta"] * share for share in _SHARES]
+        device = images.device
+        gain = torch.where(draws["alpha"] > 0, torch.tensor(up, device=device), torch.tensor(down, device=device))
+        offset = draws["beta"] * torch.tensor(step, device=device)
+        gain, offset = gain.to(torch.float32)[..., None, None, None], offset.to(torch.float32)[..., None, None, None]
+        density = torch.log(images.clamp_min(_FLOOR)).neg_()
+        tissue = _dot(density, (1 / (3 * _TISSUE),) * 3).square_().neg_().expm1_().neg_()
+        change = torch.zeros_like(density)
+        for stain in range(3):
+            # broadcast sums: a matrix library may add in another order for another batch
+            amount = _dot(density, _UNMIX[stain])
+            amount = (amount if stain == 2 else amount.clamp_min_(0)).mul_(gain[:, stain])
+            amount.add_(tissue * offset[:, stain])
+            for channel in range(3):
+                change[:, channel : channel + 1].add_(amount * float(STAINS[stain, channel]))
+        # a factor on x rather than a new x: pixels below the floor keep their value where nothing changes
+        return change.neg_().exp_().mul_(images)
+
+
+def _dot(density: Tensor, weights: Sequence[float]) -> Tensor:
+    red, green, blue = (density[:, channel : channel + 1] * weights[channel] for channel in range(3))
+    return red.add_(green).add_(blue)

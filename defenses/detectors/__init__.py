@@ -1,0 +1,7 @@
+"""Detectors: one module a family, registered by name."""
+
+from __future__ import annotations
+
+from .logits import MSP, Energy
+
+__all__ = ["MSP", "Energy"]

@@ -1,0 +1,159 @@
+"""``robustlab evaluate``: stress-test a model from the shell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="timm:NAME, file.py:function, or a .pt, .ts or .pt2 file.")],
+    data: Annotated[str, typer.Argument(help="NPZ file (MedMNIST layout), image folder, or medmnist:NAME.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.json, rows.csv, predictions and report.html.")],
+    weights: Annotated[Path | None, typer.Option(help="safetensors file or weights-only state dict.")] = None,
+    arg: Annotated[list[str] | None, typer.Option(help="name=value for the model's constructor; repeatable.")] = None,
+    split: Annotated[str, typer.Option(help="Split of DATA to evaluate.")] = "test",
+    val: Annotated[
+        str | None, typer.Option(help="Validation data; 'split:NAME' takes another split of DATA.")
+    ] = "split:val",
+    shifts: Annotated[str, typer.Option(help="Suite or corruption names, comma-separated.")] = "standard",
+    severities: Annotated[str, typer.Option(help="1-5 or 1,3,5.")] = "1-5",
+    attack: Annotated[
+        list[str] | None, typer.Option(help="NAME:NORM:BUDGETS, e.g. pgd:linf:1/255,2/255; repeatable.")
+    ] = None,
+    ood: Annotated[list[str] | None, typer.Option(help="name=path, e.g. far/photos=photos.npz; repeatable.")] = None,
+    detectors: Annotated[str, typer.Option(help="Detector names, comma-separated.")] = "msp,energy",
+    metrics: Annotated[str, typer.Option(help="default, all, or names, comma-separated.")] = "default",
+    groups: Annotated[str, typer.Option(help="Group columns, comma-separated.")] = "",
+    cluster: Annotated[str | None, typer.Option(help="Column of the independent unit, e.g. patient.")] = None,
+    task: Annotated[str | None, typer.Option(help="binary, multiclass or multilabel.")] = None,
+    output: Annotated[str | None, typer.Option(help="logits, log_probs or probs.")] = None,
+    mean: Annotated[str | None, typer.Option(help="Per-channel mean, comma-separated.")] = None,
+    std: Annotated[str | None, typer.Option(help="Per-channel standard deviation.")] = None,
+    size: Annotated[int | None, typer.Option(help="Resize images to this edge.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the model in the report.")] = None,
+    referral: Annotated[float, typer.Option(help="Share of cases that may be referred.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,
+    batch_size: Annotated[int | None, typer.Option(help="Samples of a forward pass; automatic if not given.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")] = None,
+    gallery: Annotated[bool, typer.Option(help="Put example pictures into the report.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON instead of the summary.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Print conditions and forward passes, run nothing.")] = False,
+) -> None:
+    """Evaluate a model under shifts, attacks and foreign inputs; write a report.
+
+    Example: robustlab evaluate timm:resnet18 data.npz --arg num_classes=2 --weights w.safetensors --out runs/a
+    """
+    from robustlab import evaluate_under_shift, load_data, wrap
+    from robustlab.core.errors import ConfigError
+    from robustlab.core.registry import ATTACKS
+
+    from .models import load_model
+    from .parse import parse_attack, parse_pairs, parse_severities
+
+    source = load_data(data, split=split)
+    names = [part for part in shifts.split(",") if part and part != "none"]
+    chosen: list[Any] = []
+    for text in attack or []:
+        label, norm, budgets = parse_attack(text)
+        build: Any = ATTACKS.get(label)
+        chosen.append(build(norm=norm, eps=budgets))
+    levels = parse_severities(severities)
+    foreign = parse_pairs(ood or [], "--ood")
+    if dry_run:
+        _dry_run(source, names, levels, chosen, list(foreign), as_json)
+        return
+    if task not in (None, "binary", "multiclass", "multilabel") or output not in (None, "logits", "log_probs", "probs"):
+        raise ConfigError(
+            "robustlab evaluate",
+            "--task binary, multiclass or multilabel and --output logits, log_probs or probs",
+            f"--task {task} --output {output}",
+            "Check the spelling.",
+        )
+    model = wrap(
+        load_model(model, weights=weights, arguments=parse_pairs(arg or [], "--arg")),
+        task=task or source.info.task,
+        output=output,  # type: ignore[arg-type]
+        mean=_floats(mean),
+        std=_floats(std),
+        size=size,
+        name=name,
+    )
+    report = evaluate_under_shift(
+        model,
+        source,
+        val=_validation(val, data),
+        shifts=names,
+        severities=levels,
+        attacks=chosen,
+        ood={key: load_data(path) for key, path in foreign.items()},
+        detectors=[part for part in detectors.split(",") if part],
+        metrics=metrics if metrics in ("default", "all") else metrics.split(","),
+        groups=[part for part in groups.split(",") if part],
+        cluster=cluster,
+        referral=referral,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        gallery=gallery,
+    )
+    report.save(out)
+    page = report.to_html(out / "report.html")
+    if as_json:
+        typer.echo(report.to_json())
+    else:
+        typer.echo(report.summary())
+        typer.echo(f"\nReport: {page}")
+    if report.manifest["failures"]:
+        raise typer.Exit(3)
+
+
+def _floats(text: str | None) -> list[float] | None:
+    from robustlab.core.errors import ConfigError
+
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError("--mean, --std", "numbers, comma-separated", repr(text), "For example 0.5,0.5,0.5.") from None
+
+
+def _validation(val: str | None, data: str) -> Any:
+    """Load validation data; a data set without that split is evaluated without, and the report says so."""
+    from robustlab import RobustlabError, load_data
+
+    if val is None or val == "none":
+        return None
+    if not val.startswith("split:"):
+        return load_data(val, split="val")
+    try:
+        return load_data(data, split=val.removeprefix("split:"))
+    except RobustlabError as error:
+        if val != "split:val":
+            raise
+        typer.echo(f"No validation data: {error}", err=True)
+        return None
+
+
+def _dry_run(source: Any, names: Any, levels: Any, attacks: Any, foreign: list[str], as_json: bool) -> None:
+    from robustlab.evaluate.plan import make_plan, resolve_attacks, resolve_shifts
+
+    plan = make_plan(resolve_shifts(names), levels, resolve_attacks(attacks), source.info.spec)
+    facts = {
+        "samples": len(source),
+        "conditions": [condition.key for condition in plan.conditions],
+        "evaluated_images": len(source) * len(plan.conditions),
+        "ood_sets": foreign,
+        "skipped": [{"what": what, "why": why} for what, why in plan.skipped],
+    }
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    typer.echo(f"{facts['samples']} samples x {len(plan.conditions)} conditions = {facts['evaluated_images']} images")
+    typer.echo("\n".join(f"  {condition.key}" for condition in plan.conditions))
+    for what, why in plan.skipped:
+        typer.echo(f"  skipped {what}: {why}")

@@ -1,0 +1,59 @@
+"""Example pictures for a report, made only when asked for."""
+
+from __future__ import annotations
+
+import io
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from robustlab.core.attack import Attack
+from robustlab.core.model import Model
+from robustlab.core.shift import ShiftContext, quantize
+from robustlab.core.source import Source
+from robustlab.report.report import Picture
+
+from .plan import CLEAN, Plan
+
+EDGE = 128
+
+
+def make_gallery(source: Source, plan: Plan, model: Model, seed: int) -> tuple[Picture, ...]:
+    """Return one sample, clean and under every condition, with the model's answer below."""
+    labels = source.info.labels
+    row = 0
+    if labels is not None and labels.ndim == 1 and bool((labels == labels.max()).any()):
+        row = int((labels == labels.max()).nonzero()[0])
+    batch = source.read([row, row]).to(model.device)
+    pictures = [Picture(CLEAN.label, 0.0, encode_png(batch.images[0]), _caption(model, batch.images, source))]
+    ctx = ShiftContext(seed=seed, spec=source.info.spec, model=model)
+    for sweep in plan.sweeps:
+        if isinstance(sweep.shift, Attack) and batch.labels is None:
+            continue
+        draws = sweep.shift.prepare(batch, ctx)
+        for condition in sweep.conditions:
+            images = quantize(sweep.shift.perform(batch, draws, condition.severity, ctx).images, ctx.spec)
+            caption = _caption(model, images, source)
+            pictures.append(Picture(condition.label, condition.severity, encode_png(images[0]), caption))
+    return tuple(pictures)
+
+
+def _caption(model: Model, images: Tensor, source: Source) -> str:
+    logits = model(images).logits[0]
+    if model.task == "multilabel":
+        return f"{int((logits > 0).sum())} findings"
+    probability, answer = torch.softmax(logits.double(), 0).max(0)
+    names = model.class_names or source.info.class_names
+    named = names is not None and len(names) == len(logits)
+    return f"{names[int(answer)] if named and names else int(answer)} {probability.item():.2f}"
+
+
+def encode_png(image: Tensor) -> bytes:
+    """Return a (C, H, W) image in [0, 1] as PNG bytes, its longer edge at most 128 px."""
+    array = (image[:3] if image.shape[0] >= 3 else image[:1]).mul(255).round().to(torch.uint8).cpu()
+    picture = Image.fromarray(array.permute(1, 2, 0).numpy() if len(array) == 3 else array[0].numpy())
+    picture.thumbnail((EDGE, EDGE), Image.Resampling.BOX)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()

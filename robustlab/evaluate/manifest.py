@@ -1,0 +1,201 @@
+"""The manifest: what was run, with what, on what, and what was not tested."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from robustlab import __version__
+from robustlab.core.model import Capabilities, Model
+from robustlab.core.source import Source
+from robustlab.metrics.base import Frozen
+
+from .plan import Plan, describe
+from .run import clusters_of
+
+SCHEMA = 1
+
+
+def make_manifest(
+    *,
+    model: Model,
+    capabilities: Capabilities,
+    source: Source,
+    val: Source | None,
+    ood: Mapping[str, Source],
+    plan: Plan,
+    failures: Mapping[str, str],
+    frozen: Frozen,
+    cluster: str | None,
+    chunk: int,
+    seed: int,
+    started: float,
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the manifest as JSON types; every argument is what its name says."""
+    return {
+        "schema": SCHEMA,
+        "versions": versions(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "wall_seconds": round(time.time() - started, 3),
+        "seed": seed,
+        "device": device_name(model.device),
+        "chunk": chunk,
+        "git": git_revision(),
+        "model": {
+            "name": model.model_name,
+            "fingerprint": model.fingerprint(),
+            "settings": _plain(model.settings()),
+            "parameters": model.parameter_count(),
+            "capabilities": asdict(capabilities),
+        },
+        "data": describe_source(source, cluster),
+        "val": None if val is None else describe_source(val, cluster),
+        "ood": {name: describe_source(foreign, None) for name, foreign in ood.items()},
+        "conditions": _conditions(plan),
+        "skipped": [{"what": what, "why": why} for what, why in plan.skipped],
+        "failures": [{"condition": name, "error": text} for name, text in failures.items()],
+        "not_tested": not_tested(plan, val, ood, cluster, settings, failures),
+        "frozen": {
+            "thresholds": None if frozen.thresholds is None else frozen.thresholds.tolist(),
+            "confidence": frozen.confidence,
+            "detector": frozen.detector,
+            "score": frozen.score,
+            "referral": frozen.referral,
+        },
+        "settings": dict(settings),
+        "threat_model": threat_model(plan, source),
+        "truth": None,
+        "compared": None,
+        "defenses": None,
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that can change a number."""
+    return {
+        "robustlab": __version__,
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """Return a device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def git_revision() -> str | None:
+    """Return the revision of the working directory's repository, or None."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False, cwd=Path.cwd()
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def describe_source(source: Source, cluster: str | None) -> dict[str, Any]:
+    """Return what a reader must know of a data set."""
+    info = source.info
+    clusters = clusters_of(source, cluster)
+    return {
+        "name": info.name,
+        "fingerprint": source.fingerprint(),
+        "n": len(source),
+        "n_units": len(source) if clusters is None else int(clusters.unique().numel()),
+        "unit": cluster or "image",
+        "task": info.task,
+        "class_names": None if info.class_names is None else list(info.class_names),
+        "spec": asdict(info.spec) | {"size": list(info.spec.size), "range": list(info.spec.range)},
+        "notes": list(info.notes),
+    }
+
+
+def _conditions(plan: Plan) -> list[dict[str, Any]]:
+    described = {sweep.conditions[0].label: describe(sweep.shift) for sweep in plan.sweeps if sweep.conditions}
+    out = []
+    for condition in plan.conditions:
+        spec, fingerprint = described.get(condition.label, (None, ""))
+        out.append(
+            {
+                "key": condition.key,
+                "shift": condition.label,
+                "kind": condition.kind,
+                "severity": condition.severity,
+                "amount": condition.amount,
+                "unit": condition.unit,
+                "parameters": {name: list(pair) for name, pair in condition.parameters.items()},
+                "spec": spec,
+                "fingerprint": fingerprint,
+            }
+        )
+    return out
+
+
+def threat_model(plan: Plan, source: Source) -> str | None:
+    """Return one sentence on what the attacks may do, or None without attacks."""
+    from robustlab.core.attack import Attack
+
+    attacks = [sweep.shift for sweep in plan.sweeps if isinstance(sweep.shift, Attack)]
+    if not attacks:
+        return None
+    spec = source.info.spec
+    parts = []
+    for attack in attacks:
+        size = "every pixel" if attack.norm == "linf" else "the image (Euclidean length)"
+        top = max(attack.eps)
+        native = f"{spec.native(top):g} {spec.unit}s" if attack.norm == "linf" else f"{top:g} on the [0, 1] scale"
+        parts.append(f"{attack.label}: may change {size} by up to {native}, sees the model's {attack.access}")
+    return "; ".join(parts) + "."
+
+
+def not_tested(
+    plan: Plan,
+    val: Source | None,
+    ood: Mapping[str, Source],
+    cluster: str | None,
+    settings: Mapping[str, Any],
+    failures: Mapping[str, str],
+) -> list[str]:
+    """Return sentences about what this report says nothing of."""
+    kinds = {condition.kind for condition in plan.conditions}
+    out = []
+    if val is None:
+        out.append("Silent failures and fixed operating points: no validation data was given (val=).")
+    if "attack" not in kinds:
+        out.append("Adversarial inputs: no attack was run (attacks=).")
+    elif all(sweep.conditions[0].kind != "attack" or sweep.shift.name == "pgd" for sweep in plan.sweeps):
+        out.append("Stronger or black-box adversaries: only PGD was run, so robust accuracy is an upper bound.")
+    if not ood:
+        out.append("Foreign inputs such as other organs, scanners or photographs: no OOD set was given (ood=).")
+    if not settings["groups"]:
+        out.append("Differences between groups such as sex or site: no columns were named (groups=).")
+    if cluster is None:
+        out.append("Several images of one patient: images are taken as independent (cluster=).")
+    out += [f"{what}: {why}." for what, why in plan.skipped]
+    out += [f"{name}: failed, see failures." for name in failures]
+    out.append("Geometric shifts, artefacts and real data of another site.")
+    return out

@@ -1,0 +1,170 @@
+"""From predictions to the rows of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from scipy.optimize import brentq
+
+from robustlab.core.registry import METRICS
+from robustlab.core.source import Source
+from robustlab.metrics import compute
+from robustlab.metrics.base import Context, Direction, Estimate, MetricValue
+from robustlab.metrics.stats import Proportion, paired_difference, wilson, worst_of
+from robustlab.metrics.store import PredictionStore
+from robustlab.report.rows import Row
+
+from .plan import CLEAN, Condition
+
+GROUP_METRICS = ("accuracy", "sensitivity", "specificity", "silent-failure-rate")
+WORST_METRICS = ("accuracy", "silent-failure-rate")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Names that all rows of one evaluation share."""
+
+    model: str
+    data: str
+
+
+def make_row(
+    subject: Subject,
+    condition: Condition,
+    metric: str,
+    estimate: Estimate,
+    direction: Direction,
+    *,
+    group: str = "",
+    target: str = "",
+    scorer: str = "",
+    data: str = "",
+) -> Row:
+    """Return one row."""
+    return Row(
+        model=subject.model,
+        data=data or subject.data,
+        shift=condition.label,
+        severity=condition.severity,
+        amount=condition.amount,
+        unit=condition.unit,
+        group=group,
+        target=target,
+        scorer=scorer,
+        metric=metric,
+        value=estimate.value,
+        low=estimate.low,
+        high=estimate.high,
+        n=estimate.n,
+        n_units=estimate.n_units,
+        method=estimate.method,
+        reason=estimate.reason,
+        direction=direction,
+    )
+
+
+def _rows(
+    subject: Subject, condition: Condition, values: Sequence[MetricValue], group: str = "", data: str = ""
+) -> list[Row]:
+    return [
+        make_row(
+            subject,
+            condition,
+            value.metric,
+            value.estimate,
+            value.direction,
+            group=group,
+            target=value.target,
+            scorer=value.scorer,
+            data=data,
+        )
+        for value in values
+    ]
+
+
+def condition_rows(
+    subject: Subject,
+    condition: Condition,
+    store: PredictionStore,
+    clean: PredictionStore,
+    context: Context,
+    metrics: Sequence[str] | None,
+    source: Source,
+    groups: Sequence[str],
+) -> list[Row]:
+    """Return all rows of one condition: metrics, the paired drop against clean, and the same by group."""
+    rows = _rows(subject, condition, compute(store, context, metrics))
+    if condition.key != CLEAN.key and store.labels is not None:
+        drop = paired_difference(store, clean, "accuracy", context)
+        rows.append(make_row(subject, condition, "accuracy-drop", drop, "lower"))
+    names = [name for name in GROUP_METRICS if metrics is None or name in metrics]
+    for column in groups:
+        codes = store.groups[column]
+        for code, level in enumerate(source.info.group_levels[column]):
+            part = store.select(codes == code)
+            rows += _rows(subject, condition, compute(part, context, names), group=f"{column}={level}")
+        if bool((codes < 0).any()):
+            rows += _rows(
+                subject, condition, compute(store.select(codes < 0), context, names), group=f"{column}=missing"
+            )
+    return rows
+
+
+def worst_rows(
+    subject: Subject,
+    conditions: Sequence[Condition],
+    stores: Mapping[str, PredictionStore],
+    context: Context,
+    label: str,
+) -> list[Row]:
+    """Return the worst of several conditions for accuracy and silent failures, corrected for having been picked."""
+    rows: list[Row] = []
+    for metric in WORST_METRICS:
+        direction = METRICS.get(metric).direction
+        proportions = [
+            _proportion(condition, stores[condition.key], metric, context)
+            for condition in conditions
+            if condition.key in stores
+        ]
+        if not proportions:
+            place = Condition(key=label, kind="corruption", label=label)
+            rows.append(make_row(subject, place, metric, Estimate.undefined("no_conditions"), direction))
+            continue
+        key, estimate = worst_of(proportions, direction=direction)
+        chosen = next(condition for condition in conditions if condition.key == key)
+        rows.append(make_row(subject, replace(chosen, label=label), metric, estimate, direction, target=key))
+    return rows
+
+
+def _proportion(condition: Condition, store: PredictionStore, metric: str, context: Context) -> Proportion:
+    (value,) = compute(store, context, [metric])
+    count = effective_n(value.estimate)
+    return Proportion(condition.key, value.estimate.value * count, count)
+
+
+def effective_n(estimate: Estimate) -> float:
+    """Return the n that gives a Wilson interval its width: the number of samples, or fewer where they are clustered.
+
+    0 when the estimate is undefined.
+    """
+    width = estimate.high - estimate.low
+    if not width > 0:
+        return 0.0
+    low, high = 1e-6, float(max(estimate.n, 1)) * 2
+
+    def surplus(n: float) -> float:
+        ends = wilson(estimate.value * n, n)
+        return ends[1] - ends[0] - width
+
+    return float(brentq(surplus, low, high))
+
+
+def ood_rows(
+    subject: Subject, name: str, store: PredictionStore, clean: PredictionStore, context: Context
+) -> list[Row]:
+    """Return detection metrics of one OOD set against clean in-distribution data."""
+    against = Context(
+        resampler=context.resampler, frozen=context.frozen, reference=clean, class_names=context.class_names
+    )
+    return _rows(subject, CLEAN, compute(store, against, None), data=f"ID vs {name}")

@@ -1,0 +1,83 @@
+"""A report as plain text for a terminal."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable
+
+from . import views, words
+from .report import Report
+from .rows import Row
+
+_WIDTH = 100
+
+
+def summary(report: Report) -> str:
+    """Return the verdict, the headline table, the five worst conditions and what was not tested."""
+    return "\n\n".join(block for block in map("\n".join, _blocks(report)) if block)
+
+
+def _blocks(report: Report) -> Iterable[list[str]]:
+    manifest = report.manifest
+    model, data = manifest.get("model") or {}, manifest.get("data") or {}
+    verdict = views.verdict(report)
+    yield [f"{model.get('name', 'model')} on {data.get('name', 'data')}", *_wrap(verdict.sentence)]
+    yield [line for finding in verdict.findings for line in _wrap(finding)]
+    yield list(_silent(report, verdict))
+    yield list(_headline(report))
+    yield list(_worst(report))
+    yield list(_truth(report))
+    gaps = views.not_tested(report)
+    lines = [line for sentence in gaps for line in _wrap(sentence, "- ")]
+    yield ["Not tested", *(lines or ["  not recorded"])]
+    failures = manifest.get("failures") or []
+    yield [f"{len(failures)} conditions failed; see the manifest."] if failures else []
+
+
+def _silent(report: Report, verdict: views.Verdict) -> Iterable[str]:
+    noun = words.units(report.manifest)
+    yield f"Silent failures per 1,000 {noun} (95 % interval)"
+    for name, row in (("clean", verdict.clean), ("worst plausible", verdict.worst)):
+        if row is None:
+            yield f"  {name:<28}{words.DASH} (not computed)"
+        else:
+            place = f"  {verdict.condition.label}" if row is verdict.worst and verdict.condition else ""
+            yield f"  {name:<28}{words.estimate(row):<32}  {_count(row, noun)}{place}"
+
+
+def _headline(report: Report) -> Iterable[str]:
+    lines = views.headline(report)
+    if lines:
+        yield "Clean data (95 % interval)"
+    for line in lines:
+        yield f"  {line.title[:37]:<38}{words.estimate(line.clean):<32}  n={line.clean.n:,}"
+
+
+def _worst(report: Report) -> Iterable[str]:
+    found = views.drops(report)[:5]
+    if found:
+        yield "Worst conditions: fall in accuracy, percentage points (95 % interval)"
+    for item in found:
+        low, high = words.points(item.drop.low), words.points(item.drop.high)
+        change = f"{words.points(item.drop.value)} ({low} to {high})"
+        yield f"  {item.condition.label[:45]:<46}{change:<22}n={item.drop.n:<8,}{item.word}"
+
+
+def _truth(report: Report) -> Iterable[str]:
+    claims = views.claims(report)
+    if claims:
+        yield "Known answers: estimate beside truth"
+    for claim in claims:
+        number = f"{words.decimal(claim.estimate)} ({words.decimal(claim.low)} to {words.decimal(claim.high)})"
+        truth = f"truth {words.decimal(claim.truth)}"
+        mark = "right" if claim.right else "WRONG"
+        yield f"  {claim.claim[:45]:<46}{number:<26}{truth:<14}{claim.verdict:<13}{mark}"
+
+
+def _count(row: Row, noun: str) -> str:
+    return f"n={row.n:,}" if row.n == row.n_units else f"n={row.n:,} ({row.n_units:,} {noun})"
+
+
+def _wrap(text: str, bullet: str = "") -> list[str]:
+    indent = "  " if bullet else ""
+    return textwrap.wrap(text, _WIDTH, initial_indent=indent + bullet, subsequent_indent=indent + " " * len(bullet))

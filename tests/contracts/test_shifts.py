@@ -1,0 +1,321 @@
+"""What every registered corruption, and compositions of them, must hold."""
+
+import dataclasses
+import itertools
+import json
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from corruptions import JPEG, Compose, DefocusBlur, FromAlbumentations, Gamma, GaussianNoise, OneOf, PoissonNoise
+from robustlab.core.corruption import Corruption
+from robustlab.core.errors import ConfigError, KindError, RangeError, UnknownNameError
+from robustlab.core.registry import COMBINATORS, CORRUPTIONS, SUITES
+from robustlab.core.rng import SampleRng
+from robustlab.core.shift import Shift, ShiftContext, quantize
+from robustlab.core.spec import canonical_json, fingerprint, from_dict, to_dict
+from robustlab.core.types import Batch, ImageSpec
+
+CORRUPTION_NAMES = CORRUPTIONS.names()
+MIX = {
+    "compose": Compose([DefocusBlur(), PoissonNoise(), JPEG()]),
+    "one-of": OneOf([GaussianNoise(), Gamma(), JPEG()]),
+    "nested": Compose([OneOf([GaussianNoise(), DefocusBlur()]), Gamma()]),
+}
+SHIFTS: dict[str, Shift] = {name: CORRUPTIONS.get(name)() for name in CORRUPTION_NAMES} | MIX
+
+
+def smooth(count, channels, height, width, seed=0):
+    """Textured images with structure at several scales, on 8-bit levels like a decoded file."""
+    generator = torch.Generator().manual_seed(seed)
+    total = torch.zeros(count, channels, height, width)
+    for cells in (3, 9, 27):
+        coarse = torch.rand(count, channels, cells, cells, generator=generator)
+        total += torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")
+    images = (total / 3 - 0.5) * 1.6 + 0.55 + 0.03 * torch.rand(total.shape, generator=generator)
+    return (images.clamp(0, 1) * 255).round() / 255
+
+
+def batch_of(count, channels, height, width, seed=0):
+    return Batch(smooth(count, channels, height, width, seed), None, torch.arange(100, 100 + count))
+
+
+def applies(shift, channels):
+    return shift.skip_reason(ImageSpec(channels, (8, 8))) is None
+
+
+def channels_of(shift):
+    return next(channels for channels in (3, 1) if applies(shift, channels))
+
+
+@pytest.fixture(params=list(SHIFTS), ids=list(SHIFTS))
+def shift(request):
+    return SHIFTS[request.param]
+
+
+@pytest.fixture(params=CORRUPTION_NAMES)
+def corruption(request):
+    return CORRUPTIONS.get(request.param)()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_severity_zero_is_the_identity_bit_for_bit(shift, dtype):
+    images = smooth(2, channels_of(shift), 20, 17).to(dtype)
+    assert torch.equal(shift(images, 0), images)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_shape_dtype_range_are_kept_and_the_input_is_unchanged(shift, dtype):
+    images = smooth(3, channels_of(shift), 31, 33).to(dtype)
+    before = images.clone()
+    changed = shift(images, 4)
+    assert changed.shape == images.shape
+    assert changed.dtype == dtype
+    assert changed.device == images.device
+    assert bool(torch.isfinite(changed).all())
+    assert 0 <= changed.min().item() <= changed.max().item() <= 1
+    assert torch.equal(images, before)
+    assert not torch.equal(changed, images)
+
+
+@pytest.mark.parametrize("height_width", [(1, 1), (31, 33), (28, 28), (64, 64), (221, 219)], ids=str)
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_any_size_and_number_of_channels(shift, channels, height_width):
+    batch = batch_of(2, channels, *height_width)
+    if not applies(shift, channels):
+        with pytest.raises(ConfigError, match="channels"):
+            shift.on(batch, 3, ShiftContext())
+        return
+    for severity in (0.3, 3, 5):
+        images = shift.on(batch, severity, ShiftContext()).images
+        assert images.shape == batch.images.shape
+        assert bool(torch.isfinite(images).all())
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(
+    order=st.permutations(range(7)),
+    cut=st.integers(1, 6),
+    size=st.sampled_from([(1, 1), (9, 14), (31, 33)]),
+    severity=st.floats(0.1, 5),
+)
+def test_split_order_and_padding_of_the_batch_change_no_bit(order, cut, size, severity):
+    for shift in SHIFTS.values():
+        batch = batch_of(7, channels_of(shift), *size)
+        whole = shift.on(batch, severity, ShiftContext(seed=3)).images
+        index = torch.tensor(order)
+        shuffled = batch.select(index)
+        parts = [shuffled.select(part) for part in (torch.arange(cut), torch.arange(cut, 7))]
+        padded = [part.select(torch.tensor([*range(len(part)), 0, 0])) for part in parts]
+        for group in (parts, padded):
+            done = [
+                shift.on(part, severity, ShiftContext(seed=3)).images[: len(real)]
+                for part, real in zip(group, parts, strict=True)
+            ]
+            assert torch.equal(torch.cat(done), whole[index]), repr(shift)
+
+
+def test_one_large_sample_alone_equals_the_batch_bit_for_bit(shift):
+    batch = batch_of(3, channels_of(shift), 224, 200)
+    whole = shift.on(batch, 3.3, ShiftContext()).images
+    alone = shift.on(batch.select(torch.tensor([1])), 3.3, ShiftContext()).images
+    assert torch.equal(whole[1], alone[0])
+    strided = dataclasses.replace(batch, images=batch.images.to(memory_format=torch.channels_last))
+    assert torch.equal(shift.on(strided, 3.3, ShiftContext()).images, whole)
+
+
+def test_seeds_and_ids_decide_the_draws(shift):
+    batch = batch_of(6, channels_of(shift), 16, 16)
+    first = shift.on(batch, 3, ShiftContext(seed=1)).images
+    assert torch.equal(shift.on(batch, 3, ShiftContext(seed=1)).images, first)
+    draws = shift.prepare(batch, ShiftContext())
+    if isinstance(shift, Corruption) and not draws:
+        assert torch.equal(shift.on(batch, 3, ShiftContext(seed=2)).images, first)
+        return
+    for other in (ShiftContext(seed=2), ShiftContext(seed=1, epoch=1), ShiftContext(seed=1, step=1)):
+        assert not torch.equal(shift.on(batch, 3, other).images, first)
+    renamed = dataclasses.replace(batch, ids=batch.ids + 1000)
+    assert not torch.equal(shift.on(renamed, 3, ShiftContext(seed=1)).images, first)
+
+
+def test_one_preparation_serves_every_severity(shift):
+    batch, ctx = batch_of(4, channels_of(shift), 16, 19), ShiftContext(seed=5)
+    draws = shift.prepare(batch, ctx)
+    for severity in (4, 0.5, 2.5, 4):
+        assert torch.equal(shift.perform(batch, draws, severity, ctx).images, shift.on(batch, severity, ctx).images)
+
+
+def test_draws_do_not_see_pixels(corruption):
+    batch = batch_of(4, channels_of(corruption), 12, 12)
+    other = batch.replace(1 - batch.images)
+    first, second = (corruption.prepare(each, ShiftContext()) for each in (batch, other))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("size", [28, 64])
+def test_harm_rises_strictly(shift, size):
+    batch = batch_of(6, channels_of(shift), size, size, seed=2)
+    harm = [
+        (shift.on(batch, severity, ShiftContext()).images - batch.images).abs().mean().item()
+        for severity in (0, 1, 2, 3, 4, 5)
+    ]
+    assert all(low < high for low, high in itertools.pairwise(harm)), harm
+
+
+def test_parameters_move_without_jumps(corruption):
+    batch, ctx = batch_of(3, channels_of(corruption), 40, 40), ShiftContext()
+    if corruption.name in ("pixelate", "jpeg", "poisson-noise"):
+        pytest.skip("counts whole pixels, quality steps or photons")
+    for severity in (0.0, 1.0, 2.0, 3.7):
+        low, high = (corruption.on(batch, at, ctx).images for at in (severity, severity + 1e-4))
+        assert (high - low).abs().mean().item() < 1e-3
+
+
+def test_json_pickle_and_repr_bring_it_back(shift):
+    again = from_dict(json.loads(canonical_json(shift)))
+    assert again == shift
+    assert fingerprint(again) == fingerprint(shift)
+    assert pickle.loads(pickle.dumps(shift)) == shift
+    assert type(shift).__name__ in repr(shift)
+    batch = batch_of(3, channels_of(shift), 16, 16)
+    assert torch.equal(again.on(batch, 2, ShiftContext()).images, shift.on(batch, 2, ShiftContext()).images)
+
+
+def test_every_parameter_matters_and_at_fixes_it(corruption):
+    batch, ctx = batch_of(4, channels_of(corruption), 40, 40), ShiftContext()
+    plain = corruption.on(batch, 2, ctx).images
+    for name, levels in corruption.levels().items():
+        fixed = type(corruption).at(**{name: levels.at(5)})
+        assert fixed.parameters(1)[name] == fixed.parameters(5)[name] == (levels.at(5), levels.unit)
+        assert not torch.equal(fixed.on(batch, 2, ctx).images, plain)
+        assert fingerprint(fixed) != fingerprint(corruption)
+        assert torch.equal(fixed.on(batch, 0, ctx).images, batch.images)
+    with pytest.raises(ConfigError, match="Check the spelling"):
+        type(corruption).at(nonsense=1.0)
+
+
+def test_parameters_outside_their_range_are_refused(corruption):
+    for name, levels in corruption.levels().items():
+        away = levels.values[4] > levels.values[0] or levels.identity == float("inf")
+        beyond = -1.0 if away else 1e6
+        with pytest.raises(RangeError, match=name):
+            type(corruption).at(**{name: beyond})
+
+
+def test_metadata_is_complete(corruption):
+    assert corruption.family in ("noise", "resolution", "staining", "contrast", "blur", "compression")
+    assert corruption.label_safety in ("safe", "conditional", "unsafe")
+    assert corruption.levels(), "no physical parameter"
+    assert all(levels.unit for levels in corruption.levels().values())
+    assert (type(corruption).__doc__ or "").splitlines()[0].endswith(".")
+
+
+def test_global_random_state_is_neither_read_nor_changed(shift):
+    batch = batch_of(4, channels_of(shift), 16, 16)
+    results = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        random.seed(seed)
+        before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+        results.append(shift.on(batch, 3, ShiftContext()).images)
+        after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+        assert torch.equal(before[0], after[0])
+        assert before[1:] == after[1:]
+    assert torch.equal(*results)
+
+
+def test_quantised_output_equals_what_a_file_would_hold(shift):
+    channels = channels_of(shift)
+    images = shift(smooth(2, channels, 20, 20), 3)
+    stored = np.round(images.numpy() * np.float32(255)).astype(np.uint8)
+    read = torch.from_numpy(stored).to(torch.float32) / 255
+    assert torch.equal(quantize(images, ImageSpec(channels, (20, 20))), read)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_agrees_with_the_cpu(shift):
+    batch = batch_of(4, channels_of(shift), 64, 61)
+    for severity in (1, 3, 5):
+        here = shift.on(batch, severity, ShiftContext(seed=1)).images
+        there = shift.on(batch.to("cuda"), severity, ShiftContext(seed=1)).images
+        assert there.device.type == "cuda"
+        off = ((here - there.cpu()).abs() > 1 / 255).float().mean().item()
+        assert off <= 1e-3
+
+
+def test_two_equal_noise_stages_are_independent():
+    batch = Batch(torch.full((8, 1, 64, 64), 0.5), None, torch.arange(8))
+    sigma = 0.05
+    noise = GaussianNoise.at(sigma=sigma)
+    twice = Compose([noise, noise]).on(batch, 1, ShiftContext()).images
+    assert (twice - 0.5).std().item() == pytest.approx(sigma * 2**0.5, rel=0.02)
+
+
+def test_one_of_takes_each_branch_about_equally_for_each_sample():
+    shift = OneOf([GaussianNoise(), Gamma.at(exponent=3.0), JPEG.at(quality=1)])
+    count = 3000
+    batch = Batch(smooth(1, 1, 8, 8).expand(count, 1, 8, 8), None, torch.arange(count))
+    branches = shift.prepare(batch, ShiftContext())
+    sizes = [len(index) for _, index, _ in branches]
+    assert sum(sizes) == count
+    assert all(abs(size - count / 3) < 4.5 * (count * 2 / 9) ** 0.5 for size in sizes)
+    images = shift.on(batch, 3, ShiftContext()).images
+    for place, index, _ in branches:
+        child = shift.shifts[place]
+        alone = child.on(batch.select(index), 3, ShiftContext().child(place)).images
+        assert torch.equal(images[index], alone)
+
+
+def test_a_composition_merges_labels_parameters_and_reasons():
+    shift = Compose([GaussianNoise(), OneOf([CORRUPTIONS.get("stain-shift")(), JPEG()])])
+    assert shift.label == "gaussian-noise+stain-shift|jpeg"
+    assert list(shift.parameters(3)) == [
+        "1.gaussian-noise.sigma",
+        "2.stain-shift|jpeg.1.stain-shift.alpha",
+        "2.stain-shift|jpeg.1.stain-shift.beta",
+        "2.stain-shift|jpeg.2.jpeg.quality",
+    ]
+    assert shift.parameters(3)["1.gaussian-noise.sigma"] == (0.10, "of full range")
+    assert "stain-shift needs 3 channels" in (shift.skip_reason(ImageSpec(1, (8, 8))) or "")
+    assert shift.skip_reason(ImageSpec(3, (8, 8), modality="histology")) is None
+
+
+@pytest.mark.parametrize("kind", [Compose, OneOf])
+@pytest.mark.parametrize(
+    ("argument", "error"),
+    [([], ConfigError), ([GaussianNoise], KindError), (["jpeg"], KindError), (GaussianNoise(), KindError)],
+)
+def test_compositions_refuse_what_is_no_shift(kind, argument, error):
+    with pytest.raises(error, match=kind.__name__):
+        kind(argument)
+
+
+def test_registries_hold_what_the_package_exports():
+    assert {"compose", "one-of"} <= set(COMBINATORS.names())
+    names = [shift.name for shift in SUITES.get("standard")()]
+    assert len(names) == len(set(names)) == 9
+    assert set(names) <= set(CORRUPTION_NAMES)
+    with pytest.raises(UnknownNameError, match="gaussian-noise"):
+        CORRUPTIONS.get("gausian-noise")
+
+
+def test_an_opaque_shift_is_known_by_name_and_version_only():
+    shift = FromAlbumentations(lambda severity: None, name="mine", version=4)
+    assert to_dict(shift) == {"type": "opaque", "name": "mine", "version": 4, "fields": {}}
+    with pytest.raises(ConfigError, match="mine"):
+        from_dict(to_dict(shift))
+
+
+def test_draws_differ_between_corruptions_of_one_seed():
+    keys = torch.arange(4)
+    first, second = (ShiftContext().rng(name, 1, keys) for name in ("gaussian-noise", "poisson-noise"))
+    assert isinstance(first, SampleRng)
+    assert not torch.equal(first.normal("z", (5,)), second.normal("z", (5,)))

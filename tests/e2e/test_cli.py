@@ -1,0 +1,150 @@
+"""The command line as a user runs it: real subprocesses, real files, exit codes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+NETWORK = """
+from torch import nn
+
+def tiny(outputs: int = 2) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 4, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, outputs))
+
+number = 3
+"""
+
+
+def robustlab(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    root = str(Path(__file__).resolve().parents[2])
+    code = f"import sys; sys.path.insert(0, {root!r}); from robustlab.cli.main import main; main()"
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=cwd, check=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    generator = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", 20), ("val", 30), ("test", 40)):
+        labels = generator.integers(0, 2, count)
+        images = generator.normal(90 + 60 * labels[:, None, None], 30, (count, 16, 16)).clip(0, 255)
+        arrays |= {f"{split}_images": images.astype(np.uint8), f"{split}_labels": labels[:, None].astype(np.uint8)}
+    np.savez(folder / "data.npz", **arrays)
+    (folder / "network.py").write_text(NETWORK)
+    namespace: dict = {}
+    exec(NETWORK, namespace)
+    net = namespace["tiny"]().eval()
+    save_file(net.state_dict(), folder / "weights.safetensors")
+    torch.save(net.state_dict(), folder / "weights.pth")
+    torch.jit.trace(net, torch.zeros(2, 1, 16, 16)).save(str(folder / "net.pt"))
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(net, (torch.zeros(4, 1, 16, 16),), dynamic_shapes=({0: batch},))
+    torch.export.save(program, folder / "net.pt2")
+    return folder
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return json.loads((folder / "report.json").read_text())["rows"]
+
+
+def evaluate(folder: Path, out: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return robustlab(
+        "evaluate", *arguments, "--out", out, "--shifts", "gaussian-noise,jpeg", "--severities", "1,5", "--output", "logits",
+        "--name", "tiny", cwd=folder,
+    )  # fmt: skip
+
+
+def test_every_way_to_name_a_model_gives_the_same_numbers(folder):
+    ways = {
+        "safetensors": ("network.py:tiny", "data.npz", "--weights", "weights.safetensors"),
+        "state-dict": ("network.py:tiny", "data.npz", "--weights", "weights.pth"),
+        "torchscript": ("net.pt", "data.npz"),
+        "exported": ("net.pt2", "data.npz"),
+    }
+    found = {}
+    for way, arguments in ways.items():
+        done = evaluate(folder, way, *arguments)
+        assert done.returncode == 0, f"{way}: {done.stderr}"
+        assert (folder / way / "report.html").stat().st_size > 10_000
+        found[way] = [(r["shift"], r["severity"], r["value"]) for r in rows_of(folder / way) if r["metric"] == "accuracy"]
+    assert len(found["safetensors"]) >= 5
+    assert all(values == found["safetensors"] for values in found.values())
+    assert "Report:" in done.stdout
+
+
+def test_attack_and_ood_options(folder):
+    done = evaluate(
+        folder, "attacked", "network.py:tiny", "data.npz", "--weights", "weights.safetensors",
+        "--attack", "pgd:linf:2/255,8/255", "--ood", "far/same=data.npz", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert {row["amount"] for row in rows if row["shift"] == "pgd-linf"} == {2.0, 8.0}
+    assert any(row["data"] == "ID vs far/same" for row in rows)
+
+
+def test_dry_run_counts_without_running(folder):
+    done = robustlab("evaluate", "missing.py:f", "data.npz", "--out", "dry", "--dry-run", "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["samples"] == 40
+    assert facts["evaluated_images"] == 40 * len(facts["conditions"])
+    assert any(item["what"] == "stain-shift" for item in facts["skipped"])
+    assert not (folder / "dry").exists()
+
+
+def test_corrupt_writes_what_load_data_reads(folder):
+    done = robustlab("corrupt", "data.npz", "made", "--shifts", "gaussian-noise", "--severities", "1,5", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((folder / "made" / "manifest.json").read_text())
+    assert len(manifest["files"]) == 2
+    import robustlab as rl
+    from robustlab.corruptions import GaussianNoise
+
+    clean = rl.load_data(folder / "data.npz")
+    batch = clean.read(range(40))
+    for severity in (1, 5):
+        file = next((folder / "made").rglob(f"*{severity}*.npz"))
+        stored = rl.load_data(file)
+        flying = GaussianNoise().on(batch, severity, rl.ShiftContext(seed=0)).images
+        assert torch.equal(stored.read(range(40)).images, torch.round(flying * 255) / 255)
+
+
+def test_list_names_what_is_registered(folder):
+    done = robustlab("list", "corruptions", "--json", cwd=folder)
+    assert "gaussian-noise" in {entry["name"] for entry in json.loads(done.stdout)}
+    assert "pgd" in robustlab("list", "attacks", cwd=folder).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("list", "corruption-kinds"), "corruptions"),
+        (("evaluate", "resnet18", "data.npz", "--out", "x"), "timm:NAME"),
+        (("evaluate", "timm:resnet181", "data.npz", "--out", "x"), "timm has"),
+        (("evaluate", "network.py:huge", "data.npz", "--out", "x"), "tiny"),
+        (("evaluate", "network.py:number", "data.npz", "--out", "x"), "a function"),
+        (("evaluate", "nowhere.py:tiny", "data.npz", "--out", "x"), "no file"),
+        (("evaluate", "network.py:tiny", "data.npz", "--out", "x", "--weights", "data.npz"), "safetensors"),
+        (("evaluate", "network.py:tiny", "data.npz", "--out", "x", "--arg", "outputs=3", "--weights", "weights.pth"), "parameters"),
+        (("evaluate", "network.py:tiny", "data.npz", "--out", "x", "--severities", "low"), "1-5"),
+        (("evaluate", "network.py:tiny", "data.npz", "--out", "x", "--severities", "7"), "0 to 5"),
+        (("evaluate", "network.py:tiny", "data.npz", "--out", "x", "--attack", "pgd:linf"), "NAME:NORM:BUDGETS"),
+        (("evaluate", "network.py:tiny", "data.npz", "--out", "x", "--ood", "photos"), "name=value"),
+        (("evaluate", "network.py:tiny", "data.npz", "--out", "x", "--shifts", "gausian-noise"), "gaussian-noise"),
+        (("evaluate", "weights.pth", "data.npz", "--out", "x"), "file.py:function"),
+        (("corrupt", "data.npz", "y", "--format", "tiff"), "npz or png"),
+        (("corrupt", "none.npz", "y"), "none.npz"),
+    ],
+)  # fmt: skip
+def test_mistakes_exit_with_2_and_say_what_to_do(folder, arguments, text):
+    done = robustlab(*arguments, cwd=folder)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert text in done.stderr

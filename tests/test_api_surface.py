@@ -1,0 +1,31 @@
+"""The public names are a promise: this list fails when one disappears or appears unannounced."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+SURFACE = json.loads((Path(__file__).parent / "api_surface.json").read_text())
+
+
+@pytest.mark.parametrize("module", sorted(SURFACE["modules"]))
+def test_public_names(module):
+    assert sorted(importlib.import_module(module).__all__) == SURFACE["modules"][module]
+
+
+@pytest.mark.parametrize("kind", sorted(SURFACE["registries"]))
+def test_registered_names(kind):
+    from robustlab.core.registry import REGISTRIES
+
+    have = {name for name in REGISTRIES[kind].names() if ":" not in name and not name.startswith("test-")}
+    assert sorted(have) == SURFACE["registries"][kind]
+
+
+def test_every_public_name_resolves_and_is_documented():
+    for module in SURFACE["modules"]:
+        loaded = importlib.import_module(module)
+        for name in loaded.__all__:
+            value = getattr(loaded, name)
+            if callable(value):
+                assert value.__doc__, f"{module}.{name} has no docstring"
