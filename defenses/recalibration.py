@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from robustlab.core.checks import check_labels
 from robustlab.core.defense import Defense
-from robustlab.core.errors import ConfigError, LabelError, NotFittedError
+from robustlab.core.errors import ConfigError, KindError, LabelError, NotFittedError
 from robustlab.core.model import Model, wrap
 from robustlab.core.registry import DEFENSES
 from robustlab.core.source import Source
@@ -94,12 +94,20 @@ class TemperatureScaling(Defense):
 
         Raises:
             ConfigError: No validation data.
+            KindError: They are not a Source.
             LabelError: They have no labels, or labels out of range.
         """
         del train
         if val is None:
             raise ConfigError(
                 "TemperatureScaling.fit", "clean validation data", "val=None", "Pass val=; training data mislead here."
+            )
+        if not isinstance(val, Source):
+            raise KindError(
+                "TemperatureScaling.fit",
+                "val as a Source",
+                type(val).__name__,
+                "Make one: robustlab.load_data(images, labels=labels).",
             )
         if val.info.labels is None or len(val) == 0:
             raise LabelError("TemperatureScaling.fit", "labelled validation data", "none", "Load val with labels.")

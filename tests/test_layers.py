@@ -56,6 +56,8 @@ def layer(module: str) -> str | None:
     parts = module.split(".")
     if parts[0] in ("corruptions", "defenses"):
         return parts[0]
+    if module == "robustlab.__version__":
+        return None
     return ".".join(parts[:2]) if parts[0] == "robustlab" else None
 
 

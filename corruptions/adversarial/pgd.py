@@ -9,7 +9,7 @@ from torch import Tensor
 
 from robustlab.core.attack import Attack, AttackResult, Norm, project, round_toward
 from robustlab.core.checks import check_labels
-from robustlab.core.errors import ConfigError, ModelError, RangeError, ShapeError
+from robustlab.core.errors import ConfigError, KindError, ModelError, RangeError, ShapeError
 from robustlab.core.model import Model
 from robustlab.core.registry import ATTACKS
 from robustlab.core.rng import SampleRng
@@ -54,6 +54,8 @@ class PGD(Attack):
     step_size: float = 2.5
 
     def __post_init__(self) -> None:
+        if isinstance(self.eps, (int, float, str)):
+            raise KindError("PGD", "eps as a sequence of budgets", f"{self.eps!r}", f"Pass eps=({self.eps!r},).")
         object.__setattr__(self, "eps", tuple(float(value) for value in self.eps))
         self.check()
         for name, value in (("steps", self.steps), ("restarts", self.restarts)):

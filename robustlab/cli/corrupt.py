@@ -38,6 +38,6 @@ def corrupt(
     if as_json:
         typer.echo(json.dumps(manifest, indent=2))
     else:
-        typer.echo(f"{len(source)} images x {len(manifest['files'])} conditions in {folder}")
+        typer.echo(f"{len(source)} images x {len(manifest['conditions'])} conditions in {folder}")
         for entry in manifest.get("skipped", []):
-            typer.echo(f"  skipped {entry}")
+            typer.echo(f"  skipped {entry['shift']}: {entry['reason']}")

@@ -73,17 +73,17 @@ def evaluate(
             f"--task {task} --output {output}",
             "Check the spelling.",
         )
-    model = wrap(
+    wrapped = wrap(
         load_model(model, weights=weights, arguments=parse_pairs(arg or [], "--arg")),
-        task=task or source.info.task,
-        output=output,  # type: ignore[arg-type]
+        task=task or source.info.task,  # type: ignore[arg-type]  # checked above
+        output=output,  # type: ignore[arg-type]  # checked above
         mean=_floats(mean),
         std=_floats(std),
         size=size,
         name=name,
     )
     report = evaluate_under_shift(
-        model,
+        wrapped,
         source,
         val=_validation(val, data),
         shifts=names,

@@ -12,7 +12,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from robustlab.core.registry import Registry
 
-KINDS = ("corruptions", "attacks", "suites", "detectors", "defenses", "metrics")
+KINDS = ("corruptions", "combinators", "attacks", "suites", "detectors", "defenses", "metrics")
 
 
 def list_(

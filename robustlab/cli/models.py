@@ -47,6 +47,9 @@ def load_model(name: str, *, weights: Path | None = None, arguments: Mapping[str
         )
     if weights is not None:
         load_weights(net, weights)
+    if isinstance(net, nn.Module):
+        for module in net.modules():  # not .eval(): exported programs refuse it
+            module.training = False
     return net
 
 
@@ -92,7 +95,8 @@ def _from_compiled(path: Path) -> Any:
     try:
         if path.suffix == ".pt2":
             return torch.export.load(path).module(check_guards=False)
-        return torch.jit.load(str(path), map_location="cpu")
+        load_script: Any = torch.jit.load
+        return load_script(str(path), map_location="cpu")
     except (RuntimeError, ValueError, OSError) as error:
         raise DataFileError(
             f"model '{path}'",
@@ -116,6 +120,7 @@ def load_weights(net: Any, path: Path) -> None:
     if not path.is_file():
         raise DataFileError(f"weights '{path}'", "a file", "none there", "Check the path.")
     try:
+        state: Any
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:

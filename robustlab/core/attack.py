@@ -134,7 +134,7 @@ def round_toward(images: Tensor, clean: Tensor, spec: ImageSpec | None) -> Tenso
     """Round to the source's bit depth toward the clean image, so that the stored image stays inside the ball."""
     if spec is None or spec.bits is None:
         return images
-    top = float((1 << spec.bits) - 1)
+    top = torch.full((), float((1 << spec.bits) - 1), device=images.device)  # see quantize
     base = torch.round(clean * top)
     steps = torch.trunc((images - clean) * top + torch.sign(images - clean) * 1e-4)
-    return (base + steps).clamp_(0, top).div_(top)
+    return (base + steps).clamp_(0, float((1 << spec.bits) - 1)).div_(top)

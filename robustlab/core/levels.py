@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
-from .errors import ConfigError, RangeError
+from .errors import ConfigError, KindError, RangeError
 
 MAX_SEVERITY = 5.0
 
@@ -30,6 +31,9 @@ class Levels:
     fixed: bool = False
 
     def __post_init__(self) -> None:
+        for value in self.values:
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise KindError("Levels", "numbers", f"{value!r}", f"Give the value in its unit: {self.unit}.")
         object.__setattr__(self, "values", tuple(float(value) for value in self.values))
         if len(self.values) != 5:
             raise ConfigError(

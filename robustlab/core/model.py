@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,8 @@ from .spec import array_fingerprint
 from .types import OUTPUTS, TASKS, Batch, ModelOutputs, OutputKind, Task
 
 logger = logging.getLogger("robustlab")
+
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,8 @@ class Model(ABC):
                 stacklevel=4,
             )
         try:
-            for root in self.modules():
-                root.eval()
+            for module, _ in flags:  # not .eval(): exported programs refuse it, and some networks override it
+                module.training = False
             yield
         finally:
             for module, training in flags:
@@ -247,18 +250,15 @@ class WrappedModel(Model):
             self._refuse_probabilities(raw)
         single = raw.shape[1] == 1 and self.task != "multilabel"
         if self._output == "probs":
-            tiny = torch.finfo(torch.float32).tiny
-            if not bool((raw.detach() >= -1e-6).all() and (raw.detach() <= 1 + 1e-6).all()):
-                raise ModelError(
-                    self.model_name,
-                    "probabilities in [0, 1]",
-                    f"values from {raw.min().item():.3g} to {raw.max().item():.3g}",
-                    "Declare output='logits'.",
-                )
-            log_p = raw.clamp_min(tiny).log()
+            self._check_declared(raw, -1e-6, 1 + 1e-6, "probabilities in [0, 1]")
+            log_p = raw.clamp_min(_TINY).log()
             logits = log_p - torch.log1p(-raw).clamp_min(-100.0) if single or self.task == "multilabel" else log_p
-        elif self._output == "log_probs" and (single or self.task == "multilabel"):
-            logits = raw - torch.log1p(-raw.exp()).clamp_min(-100.0)
+        elif self._output == "log_probs":
+            self._check_declared(raw, -torch.inf, 1e-4, "log-probabilities, at most 0")
+            # a probability of 0 is an answer, and no broken output
+            log_p = torch.where(raw == -torch.inf, math.log(_TINY), raw)
+            log_q = torch.log1p(-log_p.exp()).clamp_min(-100.0)
+            logits = log_p - log_q if single or self.task == "multilabel" else log_p
         else:
             logits = raw
         if single:
@@ -273,6 +273,19 @@ class WrappedModel(Model):
                 "Correct num_classes, or the network's last layer.",
             )
         return logits
+
+    def _check_declared(self, raw: Tensor, low: float, high: float, expected: str) -> None:
+        """Stop when finite outputs leave the range of the declared kind; others count as errors of the model."""
+        values = raw.detach()
+        finite = torch.isfinite(values)
+        if bool((finite & ((values < low) | (values > high))).any()):
+            found = values[finite]
+            raise ModelError(
+                self.model_name,
+                expected,
+                f"values from {found.min().item():.3g} to {found.max().item():.3g}",
+                "Declare output='logits'.",
+            )
 
     def _refuse_probabilities(self, raw: Tensor) -> None:
         """Stop when undeclared outputs look like probabilities: guessing silently would change every score."""
@@ -351,15 +364,21 @@ def wrap(
     """
     if isinstance(net, Model):
         return net
-    if not callable(net):
+    if not callable(net) or isinstance(net, type):
+        hint = f"Make an instance: {net.__name__}(...)." if isinstance(net, type) else ""
         raise KindError(
-            "wrap", "a torch module or a callable", type(net).__name__, "Load the network first, then pass it."
+            "wrap",
+            "a torch module or a callable",
+            f"the class {net.__name__}" if isinstance(net, type) else type(net).__name__,
+            hint or "Load the network first, then pass it.",
         )
     for label, value, allowed in (("task", task, TASKS), ("output", output, OUTPUTS)):
         if value is not None and value not in allowed:
             raise ConfigError("wrap", f"{label} among {', '.join(allowed)}", repr(value), "Check the spelling.")
     if not bounds[0] < bounds[1]:
         raise RangeError("wrap", "bounds=(low, high) with low < high", f"{bounds}", "Swap the two.")
+    if size is not None and (not (sizes := _as_size(size)) or min(sizes) < 1):
+        raise ConfigError("wrap", "size as pixels, positive: one integer or two", f"{size!r}", "For example size=224.")
     stated: Mapping[str, Any] = getattr(net, "pretrained_cfg", None) or {}
     if mean is None and std is None and "mean" in stated:
         mean, std = stated["mean"], stated["std"]
@@ -387,6 +406,14 @@ def wrap(
     )
     logger.info("wrap: %s", dict(model.settings()))
     return model
+
+
+def _as_size(size: object) -> tuple[int, ...]:
+    """Return (height, width), or nothing where the numbers are not two integers."""
+    pair = (size, size) if isinstance(size, int) else size
+    if isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(side, int) for side in pair):
+        return tuple(pair)
+    return ()
 
 
 def _as_tuple(value: Sequence[float] | float | None) -> tuple[float, ...] | None:

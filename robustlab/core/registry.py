@@ -131,15 +131,19 @@ def _origin(item: object) -> str:
 
 
 CORRUPTIONS: Registry[type[Corruption]] = Registry(
-    "corruption", providers=("corruptions",), group="robustlab.corruptions"
+    "corruption", providers=("robustlab.corruptions",), group="robustlab.corruptions"
 )
-COMBINATORS: Registry[type[Shift]] = Registry("combinator", providers=("corruptions",), group="robustlab.combinators")
-ATTACKS: Registry[type[Attack]] = Registry("attack", providers=("corruptions",), group="robustlab.attacks")
+COMBINATORS: Registry[type[Shift]] = Registry(
+    "combinator", providers=("robustlab.corruptions",), group="robustlab.combinators"
+)
+ATTACKS: Registry[type[Attack]] = Registry("attack", providers=("robustlab.corruptions",), group="robustlab.attacks")
 SUITES: Registry[Callable[[], tuple[Shift, ...]]] = Registry(
-    "suite", providers=("corruptions",), group="robustlab.suites"
+    "suite", providers=("robustlab.corruptions",), group="robustlab.suites"
 )
-DETECTORS: Registry[type[Detector]] = Registry("detector", providers=("defenses",), group="robustlab.detectors")
-DEFENSES: Registry[type[Defense]] = Registry("defense", providers=("defenses",), group="robustlab.defenses")
+DETECTORS: Registry[type[Detector]] = Registry(
+    "detector", providers=("robustlab.defenses",), group="robustlab.detectors"
+)
+DEFENSES: Registry[type[Defense]] = Registry("defense", providers=("robustlab.defenses",), group="robustlab.defenses")
 METRICS: Registry[type[Metric]] = Registry("metric", providers=("robustlab.metrics",), group="robustlab.metrics")
 
 register_corruption = CORRUPTIONS.register

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_images, check_severity
+from .errors import KindError
 from .rng import SampleRng, content_ids
 from .types import Batch, ImageSpec
 
@@ -108,10 +109,13 @@ class Shift(ABC):
             ids: int64 (N,) stable sample ids; without them, samples are keyed by their pixels.
 
         Raises:
+            KindError: The images are no float tensor, or the ids no tensor of integers.
             ShapeError: The images are not (N, C, H, W).
             RangeError: The pixels leave [0, 1], or the severity leaves [0, 5].
         """
         check_images(images, repr(self))
+        if ids is not None and (not isinstance(ids, Tensor) or ids.dtype != torch.int64):
+            raise KindError(repr(self), "ids as an int64 tensor", f"{ids!r}", "Use torch.tensor(ids) on integers.")
         keys = content_ids(images) if ids is None else ids.to(images.device)
         return self.on(Batch(images=images, labels=None, ids=keys), severity, ShiftContext(seed=seed)).images
 
@@ -123,5 +127,6 @@ def quantize(images: Tensor, spec: ImageSpec | None) -> Tensor:
     """
     if spec is None or spec.bits is None:
         return images
-    top = float((1 << spec.bits) - 1)
+    # a tensor, since CUDA would multiply by the reciprocal of a Python number and miss the stored value by a digit
+    top = torch.full((), float((1 << spec.bits) - 1), device=images.device)
     return torch.round(images.to(torch.float32) * top).div_(top)

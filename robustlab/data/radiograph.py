@@ -40,14 +40,14 @@ def render_radiograph(rng: SampleRng, theta: Tensor, marker: Tensor, size: int) 
     image = image + 0.16 * diaphragm + 0.13 * solid * (1 - diaphragm) - lungs * (0.38 - 0.06 * y)
     image = image + midline + body.bones() * (0.35 + 0.65 * lungs)
     vessels = torch.exp(-(((ax - 0.2) / 0.22) ** 2 + ((y - 0.02) / 0.42) ** 2))
-    image = image + lungs * (0.022 * texture + vessels * (0.06 + 0.05 * texture.clamp_min(0) + 0.03 * cloud))
+    image = image + lungs * (0.016 * texture + vessels * (0.06 + 0.05 * texture.clamp_min(0) + 0.03 * cloud))
     opacity, nodules = _findings(rng.child("finding"), theta, body)
     image = image + lungs * (opacity * (1 + 0.22 * cloud) + nodules)
     exposure = rng.uniform("exposure", (2,))[:, :, None, None]
     image = (image * skin).clamp(0.0, 1.2) ** (0.85 + 0.3 * exposure[:, 0]) * (0.98 + 0.12 * exposure[:, 1])
     image = image + 0.03 * skin
     light = blur(image[:, None])
-    light = light + 0.012 * rng.normal("quanta", (1, size, size))
+    light = light + 0.010 * rng.normal("quanta", (1, size, size))
     return _put_marker(light, rng, marker).clamp_(0, 1)
 
 
@@ -121,7 +121,7 @@ def _findings(rng: SampleRng, theta: Tensor, body: _Body) -> tuple[Tensor, Tenso
         width = 0.055 + 0.025 * spot[:, 2]
         spread = (nx * nx + ny * ny) / width.square()
         nodules = torch.maximum(nodules, torch.exp(-spread * spread) * (0.8 + 0.4 * spot[:, 3]))
-    return 0.34 * amount[:, 0] * haze, 0.30 * amount[:, 1] * nodules
+    return 0.40 * amount[:, 0] * haze, 0.36 * amount[:, 1] * nodules
 
 
 def marker_stamps(size: int) -> Tensor:

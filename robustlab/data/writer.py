@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from tqdm.auto import tqdm
 
+from robustlab import __version__
 from robustlab.core.checks import check_severity
 from robustlab.core.errors import ConfigError, KindError
 from robustlab.core.shift import Shift, ShiftContext, quantize
@@ -79,9 +80,15 @@ def write_corrupted(
     Raises:
         ConfigError: The folder holds another data set, or a format cannot hold the source.
         RangeError: A severity outside [0, 5].
-        KindError: A shift is not a Shift.
+        KindError: The source is not a Source, or a shift not a Shift.
     """
     who = "write_corrupted"
+    if not isinstance(source, Source):
+        fix = "Make one: robustlab.load_data(path or arrays)."
+        raise KindError(who, "a Source", type(source).__name__, fix)
+    for name, values in (("shifts", shifts), ("severities", severities)):
+        if isinstance(values, str) or not isinstance(values, Iterable):
+            raise KindError(who, f"{name} as a sequence", f"{values!r}", f"Pass {name}=({values!r},).")
     levels = [check_severity(severity, who) for severity in severities]
     _check_request(source, shifts, levels, format, chunk, who)
     folder = Path(out)
@@ -157,8 +164,6 @@ def _head(
     format: Format,
 ) -> dict[str, Any]:
     """Return the part of the manifest that tells one data set from another."""
-    from robustlab import __version__
-
     return {
         "schema": SCHEMA,
         "robustlab": __version__,

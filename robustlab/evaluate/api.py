@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from robustlab.core.attack import Attack
 from robustlab.core.checks import check_images, check_labels
 from robustlab.core.detector import Detector
-from robustlab.core.errors import ConfigError, KindError, RangeError
+from robustlab.core.errors import ConfigError, KindError, ModelError, RangeError, RobustlabError
 from robustlab.core.model import Capabilities, Model, probe, wrap
 from robustlab.core.registry import DETECTORS, METRICS
 from robustlab.core.shift import Shift
@@ -29,8 +28,8 @@ from robustlab.report.rows import Row
 
 from .gallery import make_gallery
 from .manifest import make_manifest
-from .plan import CLEAN, Plan, make_plan, resolve_attacks, resolve_shifts
-from .run import Pass, adapt, first_chunk, forward_passes, is_out_of_memory, predict_source
+from .plan import CLEAN, Plan, as_items, instance_hint, make_plan, resolve_attacks, resolve_shifts
+from .run import Bar, Pass, adapt, first_chunk, forward_passes, is_out_of_memory, predict_source, progress_bar
 from .score import Subject, condition_rows, ood_rows, worst_rows
 
 logger = logging.getLogger("robustlab")
@@ -119,10 +118,14 @@ def evaluate_under_shift(
             Conditions that fail later are listed in the report instead.
     """
     started = time.time()
-    _check_numbers(referral, plausible, margin, replicates, batch_size)
+    _check_numbers(
+        {"referral": referral, "plausible": plausible, "margin": margin},
+        {"seed": seed, "replicates": replicates, "batch_size": batch_size},
+    )
+    groups = as_items(groups, str, "groups as column names", "For example groups=('sex', 'site').")
+    training = None if fit is None else load_data(fit, split="train")
     inputs = _load(model, data, val, ood, shifts, severities, attacks, detectors, metrics, groups, cluster, device)
-    if fit is not None:
-        training = load_data(fit, split="train")
+    if training is not None:
         for detector in inputs.detectors.values():
             detector.fit(inputs.model, training)
     chunk = batch_size or first_chunk(inputs.source, inputs.model.device)
@@ -169,15 +172,23 @@ def evaluate_under_shift(
     return Report(rows=tuple(rows), manifest=manifest, predictions=stores, gallery=pictures)
 
 
-def _check_numbers(referral: float, plausible: float, margin: float, replicates: int, batch_size: int | None) -> None:
+def _check_numbers(reals: Mapping[str, float], integers: Mapping[str, int | None]) -> None:
     who = "evaluate_under_shift"
+    for values, kinds, words in ((reals, (int, float), "a number"), (integers, int, "a whole number")):
+        for name, value in values.items():
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                if name == "batch_size" and value is None:
+                    continue
+                raise KindError(who, f"{name} as {words}", f"{value!r}", "Leave it out for the default.")
+    referral, plausible, margin = reals["referral"], reals["plausible"], reals["margin"]
+    replicates, batch_size = integers["replicates"], integers["batch_size"]
     if not 0 < referral < 1:
         raise RangeError(who, "referral as a share between 0 and 1", f"{referral}", "10 % is 0.1.")
     if not 0 < plausible <= 5:
         raise RangeError(who, "plausible as a severity in (0, 5]", f"{plausible}", "3 is the default.")
     if not 0 <= margin < 1:
         raise RangeError(who, "margin as a share in [0, 1)", f"{margin}", "Two points are 0.02.")
-    if replicates < 100:
+    if replicates is not None and replicates < 100:
         raise RangeError(who, "at least 100 bootstrap replicates", f"{replicates}", "1000 is the default.")
     if batch_size is not None and batch_size < 2:
         raise RangeError(
@@ -211,23 +222,53 @@ def _load(
     for column in (*groups, *([cluster] if cluster else [])):
         source.column(column)
     wrapped = model if isinstance(model, Model) else wrap(model, task=source.info.task)
-    if device is not None:
-        wrapped.to(device)
+    _move(wrapped, device)
     first = source.read(range(min(8, len(source)))).to(wrapped.device)
     check_images(first.images, f"data {source.info.name!r}")
-    capabilities = _try_model(wrapped, first, source)
+    _try_model(wrapped, first, source)
     validation = None if val is None else load_data(val, split="val")
     if validation is not None:
         _check_labelled(validation, wrapped, "val")
         if cluster:
             validation.column(cluster)
+    if ood is not None and not isinstance(ood, Mapping):
+        raise KindError(
+            "evaluate_under_shift",
+            "ood as a mapping from a name to data",
+            type(ood).__name__,
+            "For example ood={'near/site-b': b, 'far/photos': photos}.",
+        )
     others = {name: load_data(foreign) for name, foreign in (ood or {}).items()}
+    capabilities = probe(wrapped, first)
     return _Inputs(wrapped, source, validation, others, plan, chosen, names, tuple(groups), capabilities)
 
 
-def _try_model(model: Model, first: Batch, source: Source) -> Capabilities:
+def _move(model: Model, device: str | torch.device | None) -> None:
+    if device is None:
+        return
+    try:
+        model.to(torch.device(device))
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for a device
+        if is_out_of_memory(error):
+            raise
+        here = "'cpu' or 'cuda'" if torch.cuda.is_available() else "'cpu'"
+        raise ConfigError("evaluate_under_shift", f"device {here}", f"{device!r}: {error}", "Leave it out.") from error
+
+
+def _try_model(model: Model, first: Batch, source: Source) -> None:
     """Run the model on a few images, so that a misfit shows before hours are spent."""
-    model.predict(first)
+    shape = tuple(first.images.shape)
+    try:
+        model.predict(first)
+    except Exception as error:  # a network may fail in any way
+        if isinstance(error, RobustlabError) or is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"model {model.model_name!r}",
+            f"a forward pass on images of shape {shape}",
+            f"{type(error).__name__}: {error}",
+            "Tell wrap() what the network takes, e.g. size=224 or channels=3.",
+        ) from error
     multilabel = source.info.task == "multilabel"
     if multilabel != (model.task == "multilabel"):
         raise ConfigError(
@@ -238,7 +279,6 @@ def _try_model(model: Model, first: Batch, source: Source) -> Capabilities:
             f"Pass task={source.info.task!r} to wrap(), or other labels.",
         )
     _check_labelled(source, model, "data")
-    return probe(model, first)
 
 
 def _check_labelled(source: Source, model: Model, role: str) -> None:
@@ -258,14 +298,13 @@ def _check_labelled(source: Source, model: Model, role: str) -> None:
 
 def resolve_detectors(detectors: Sequence[str | Detector]) -> dict[str, Detector]:
     """Turn detector names and objects into a mapping from name to detector."""
-    if isinstance(detectors, (str, Detector)):
-        detectors = (detectors,)
+    expected = "detectors as names or Detector objects"
     found: dict[str, Detector] = {}
-    for item in detectors:
+    for item in as_items(detectors, (str, Detector), expected, "For example detectors=('msp', 'energy')."):
         detector = DETECTORS.get(item)() if isinstance(item, str) else item
         if not isinstance(detector, Detector):
             raise KindError(
-                "evaluate_under_shift", "detectors as names or Detector objects", f"{item!r}", "For example 'energy'."
+                "evaluate_under_shift", expected, f"{item!r}", instance_hint(item, "For example 'energy'.")
             )
         found[detector.name] = detector
     return found
@@ -276,7 +315,7 @@ def _metric_names(metrics: str | Sequence[str]) -> tuple[str, ...] | None:
         return None
     if metrics == "all":
         return tuple(name for name, metric in METRICS.items() if metric.on == "labels")
-    names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    names = as_items(metrics, str, "metrics as 'default', 'all' or names", "For example metrics=('accuracy', 'ece').")
     for name in names:
         METRICS.get(name)
     return names
@@ -299,7 +338,7 @@ def _predict(
         passes += [(len(source), 1) for source in (*inputs.ood.values(), *([inputs.val] if inputs.val else []))]
         total = forward_passes(passes, chunk)
         try:
-            with tqdm(total=total, disable=not progress, desc="robustlab", unit="pass") as bar:
+            with progress_bar(total, progress) as bar:
                 return _predict_all(inputs, seed, chunk, cluster, bar), chunk
         except Exception as error:
             if not (auto and is_out_of_memory(error) and chunk > 2):
@@ -310,7 +349,7 @@ def _predict(
             torch.cuda.empty_cache()
 
 
-def _predict_all(inputs: _Inputs, seed: int, chunk: int, cluster: str | None, bar: tqdm[None]) -> _Predictions:
+def _predict_all(inputs: _Inputs, seed: int, chunk: int, cluster: str | None, bar: Bar) -> _Predictions:
     only_clean = replace(inputs.plan, sweeps=())
     spec = inputs.source.info.spec
 

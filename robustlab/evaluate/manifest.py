@@ -125,7 +125,7 @@ def describe_source(source: Source, cluster: str | None) -> dict[str, Any]:
         "name": info.name,
         "fingerprint": source.fingerprint(),
         "n": len(source),
-        "n_units": len(source) if clusters is None else int(clusters.unique().numel()),
+        "n_units": len(source) if clusters is None else len(torch.unique(clusters)),
         "unit": cluster or "image",
         "task": info.task,
         "class_names": None if info.class_names is None else list(info.class_names),

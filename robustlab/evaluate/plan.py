@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from robustlab.core.attack import Attack
 from robustlab.core.checks import check_severity
-from robustlab.core.errors import ConfigError, KindError
+from robustlab.core.errors import ConfigError, KindError, UnknownNameError
 from robustlab.core.registry import ATTACKS, CORRUPTIONS, SUITES
 from robustlab.core.shift import Shift
 from robustlab.core.spec import fingerprint, to_dict
@@ -69,6 +70,30 @@ class Plan:
 CLEAN = Condition(key="clean", kind="clean", label="clean")
 
 
+def as_items(value: object, single: type[Any] | tuple[type[Any], ...], expected: str, fix: str) -> tuple[Any, ...]:
+    """Return one thing or several things as a tuple.
+
+    Args:
+        value: What a user passed. A class counts as one thing, so that the check of each thing names it.
+        single: Kinds of which one alone is meant.
+        expected: What would have been accepted.
+        fix: What to do.
+
+    Raises:
+        KindError: Neither one thing nor several.
+    """
+    if isinstance(value, single) or isinstance(value, type):
+        return (value,)
+    if not isinstance(value, Iterable):
+        raise KindError("evaluate_under_shift", expected, f"{value!r}", fix)
+    return tuple(value)
+
+
+def instance_hint(item: object, otherwise: str) -> str:
+    """Return what to do about a thing of the wrong kind: classes lack their brackets."""
+    return f"Make an instance: {item.__name__}()." if isinstance(item, type) else otherwise
+
+
 def resolve_shifts(shifts: str | Shift | Sequence[str | Shift]) -> tuple[Shift, ...]:
     """Turn names of suites and corruptions, shifts, or a mix of them into shifts.
 
@@ -76,38 +101,44 @@ def resolve_shifts(shifts: str | Shift | Sequence[str | Shift]) -> tuple[Shift, 
         UnknownNameError: A name is neither a suite nor a corruption.
         KindError: An element is neither a name nor a shift.
     """
-    if isinstance(shifts, (str, Shift)):
-        shifts = (shifts,)
+    expected = "shifts as names or Shift objects"
     found: list[Shift] = []
-    for item in shifts:
+    for item in as_items(shifts, (str, Shift), expected, "For example shifts='standard', or () for none."):
         if isinstance(item, Shift):
             found.append(item)
         elif isinstance(item, str):
-            found.extend(SUITES.get(item)() if item in SUITES else (CORRUPTIONS.get(item)(),))
+            found.extend(_named(item))
         else:
-            raise KindError(
-                "evaluate_under_shift",
-                "shifts as names or Shift objects",
-                f"{item!r}",
-                "Wrap a transform of another library with robustlab.FromAlbumentations, or register a corruption.",
-            )
+            hint = "Wrap a transform of another library in corruptions.FromAlbumentations, or register a corruption."
+            raise KindError("evaluate_under_shift", expected, f"{item!r}", instance_hint(item, hint))
     return tuple(found)
+
+
+def _named(name: str) -> tuple[Shift, ...]:
+    if name in SUITES:
+        return SUITES.get(name)()
+    if name in CORRUPTIONS or name in CORRUPTIONS.failures:
+        return (CORRUPTIONS.get(name)(),)
+    have = (*SUITES.names(), *CORRUPTIONS.names())
+    close = difflib.get_close_matches(name, have, n=3, cutoff=0.5)
+    raise UnknownNameError(
+        "evaluate_under_shift",
+        f"the suites {', '.join(SUITES.names())} or the corruptions {', '.join(CORRUPTIONS.names())}",
+        repr(name),
+        (f"Did you mean {' or '.join(map(repr, close))}? " if close else "")
+        + "'robustlab list corruptions' shows the corruptions.",
+    )
 
 
 def resolve_attacks(attacks: str | Attack | Sequence[str | Attack]) -> tuple[Attack, ...]:
     """Turn attack names and objects into attacks, and check their budgets."""
-    if isinstance(attacks, (str, Attack)):
-        attacks = (attacks,)
+    expected = "attacks as names or Attack objects"
     found: list[Attack] = []
-    for item in attacks:
+    for item in as_items(attacks, (str, Shift), expected, "For example attacks=PGD(), or () for none."):
         attack = ATTACKS.get(item)() if isinstance(item, str) else item
         if not isinstance(attack, Attack):
-            raise KindError(
-                "evaluate_under_shift",
-                "attacks as names or Attack objects",
-                f"{item!r}",
-                "Corruptions belong into shifts=.",
-            )
+            hint = "Corruptions belong into shifts=." if isinstance(item, Shift) else "Look at robustlab.Attack."
+            raise KindError("evaluate_under_shift", expected, f"{item!r}", instance_hint(item, hint))
         attack.check()
         found.append(attack)
     return tuple(found)
@@ -128,7 +159,8 @@ def make_plan(
         ConfigError: No severities, or the same severity twice.
         RangeError: A severity outside (0, 5].
     """
-    wanted = [check_severity(severity, "evaluate_under_shift") for severity in severities]
+    several = as_items(severities, (), "severities as a sequence of numbers", f"Pass severities=({severities!r},).")
+    wanted = [check_severity(severity, "evaluate_under_shift") for severity in several]
     if shifts and (not wanted or len(set(wanted)) != len(wanted) or min(wanted) == 0):
         raise ConfigError(
             "evaluate_under_shift",

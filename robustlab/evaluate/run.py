@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,21 @@ from robustlab.metrics.store import PredictionStore
 from .plan import CLEAN, Plan
 
 logger = logging.getLogger("robustlab")
+
+
+class Bar(Protocol):
+    """What is used of a progress bar."""
+
+    def update(self) -> object:
+        """Move by one."""
+        ...
+
+
+@contextmanager
+def progress_bar(total: int, show: bool) -> Iterator[Bar]:
+    """Show a bar that moves by one a forward pass."""
+    with tqdm(total=total, disable=not show, desc="robustlab", unit="pass") as bar:
+        yield bar
 
 
 @dataclass(eq=False)
@@ -102,7 +119,7 @@ def predict_source(
     cluster: str | None,
     adapter: Callable[[Batch], Batch] = lambda batch: batch,
     spec: ImageSpec | None = None,
-    bar: tqdm[None] | None = None,
+    bar: Bar | None = None,
 ) -> Pass:
     """Run a model over a source under every condition of a plan.
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from scipy.optimize import brentq
-
 from robustlab.core.registry import METRICS
 from robustlab.core.source import Source
 from robustlab.metrics import compute
 from robustlab.metrics.base import Context, Direction, Estimate, MetricValue
-from robustlab.metrics.stats import Proportion, paired_difference, wilson, worst_of
+from robustlab.metrics.stats import Proportion, paired_difference, worst_of
 from robustlab.metrics.store import PredictionStore
 from robustlab.report.rows import Row
 
@@ -139,25 +137,8 @@ def worst_rows(
 
 def _proportion(condition: Condition, store: PredictionStore, metric: str, context: Context) -> Proportion:
     (value,) = compute(store, context, [metric])
-    count = effective_n(value.estimate)
+    count = value.estimate.effective_n
     return Proportion(condition.key, value.estimate.value * count, count)
-
-
-def effective_n(estimate: Estimate) -> float:
-    """Return the n that gives a Wilson interval its width: the number of samples, or fewer where they are clustered.
-
-    0 when the estimate is undefined.
-    """
-    width = estimate.high - estimate.low
-    if not width > 0:
-        return 0.0
-    low, high = 1e-6, float(max(estimate.n, 1)) * 2
-
-    def surplus(n: float) -> float:
-        ends = wilson(estimate.value * n, n)
-        return ends[1] - ends[0] - width
-
-    return float(brentq(surplus, low, high))
 
 
 def ood_rows(

@@ -112,7 +112,7 @@ def proportion(
     effective, units = effective_count(hits, clusters, confidence=confidence)
     share = float(hits.to(torch.float64).mean())
     low, high = wilson(share * effective, effective, confidence=confidence)
-    method = "wilson" if clusters is None else "wilson at effective n = n / design effect of clusters"
+    method = "wilson" if clusters is None else "wilson at effective n = n / design effect"
     return Estimate(share, low, high, count, units, f"{method}{note}", effective_n=effective)
 
 
@@ -269,7 +269,9 @@ def paired_difference(
     context_b: Context | None = None,
     target: str = "",
 ) -> Estimate:
-    """Return the difference b - a of a metric on the same samples, with a paired bootstrap interval.
+    """Return the difference b - a of a metric on the same samples, with a paired interval.
+
+    Accuracy of one answer a sample uses ``discordance_interval``; everything else the paired bootstrap over units.
 
     Args:
         a: Predictions of one model and condition.
@@ -305,7 +307,44 @@ def paired_difference(
         return after(weights) - before(weights)
 
     estimate = bootstrap(a, difference, context.resampler, everyone, reason="undefined_on_one_side")
-    return replace(estimate, method=f"paired {estimate.method}")
+    if metric != "accuracy" or a.task == "multilabel" or a.labels is None:
+        return replace(estimate, method=f"paired {estimate.method}")
+    gain = (b.predicted == a.labels).to(torch.float64) - (a.predicted == a.labels).to(torch.float64)
+    identical = torch.equal(a.logits.nan_to_num(), b.logits.nan_to_num())
+    low, high = (0.0, 0.0) if identical else discordance_interval(gain, a.clusters, context.resampler.confidence)
+    method = "paired, Bonett-Price" if a.clusters is None else "paired, Bonett-Price over clusters"
+    return replace(estimate, low=low, high=high, method=method)
+
+
+def discordance_interval(gain: Tensor, clusters: Tensor | None, confidence: float = 0.95) -> tuple[float, float]:
+    """Return an interval for the mean of paired gains in {-1, 0, 1}, valid also when few samples differ.
+
+    One gain and one loss are added before the Wald interval is taken; a bootstrap would see no variance where all the
+    few differences point one way. With clusters, gains are summed in them and the variance is the cluster-robust one.
+
+    Args:
+        gain: float64 (N,), 1 where only the second is right, -1 where only the first is.
+        clusters: int64 (N,) codes of the unit, or None for independent samples.
+        confidence: Coverage in (0, 1).
+
+    References:
+        Bonett and Price, Adjusted Wald confidence interval for a difference of binomial proportions based on paired
+        data, 2012.
+    """
+    count = len(gain) + 2
+    mean = float(gain.sum()) / count
+    if clusters is None:
+        variance = (float(gain.square().sum()) + 2) / count - mean**2
+        quantile = float(norm.ppf((1 + confidence) / 2))
+        spread = math.sqrt(variance / count)
+    else:
+        codes, inverse = torch.unique(clusters, return_inverse=True)
+        units = len(codes) + 2
+        sums = gain.new_zeros(len(codes)).index_add_(0, inverse, gain - mean)
+        total = float(sums.square().sum()) + (1 - mean) ** 2 + (1 + mean) ** 2
+        quantile = float(t.ppf((1 + confidence) / 2, units - 1))
+        spread = math.sqrt(units / (units - 1) * total) / count
+    return max(-1.0, mean - quantile * spread), min(1.0, mean + quantile * spread)
 
 
 def _matched(a: PredictionStore, b: PredictionStore) -> PredictionStore:

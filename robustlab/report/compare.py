@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from robustlab.core.errors import ConfigError, UnknownNameError
+from robustlab.core.errors import ConfigError, KindError, UnknownNameError
 from robustlab.core.registry import METRICS
 from robustlab.metrics.base import Context, Estimate, Frozen
 from robustlab.metrics.stats import Resampler, decide, paired_difference
@@ -100,9 +100,13 @@ def compare(a: Report, b: Report, metric: str = "accuracy", target: str = "") ->
         target: Class or label, for metrics that have several.
 
     Raises:
+        KindError: Something is not a Report.
         ConfigError: The data differ, or the metric has no direction.
         UnknownNameError: The reports hold no predictions for a common condition.
     """
+    for report in (a, b):
+        if not isinstance(report, Report):
+            raise KindError("compare", "two reports", f"{report!r}", "Load saved ones first: Report.load(folder).")
     _check_data(a, b)
     direction = METRICS.get(metric).direction
     if direction == "none":

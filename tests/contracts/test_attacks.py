@@ -139,12 +139,14 @@ def test_model_and_inputs_are_left_as_they_were(name, norm, model, batch):
     before = batch.images.clone()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        attack_of(name, norm).run(batch, ShiftContext(model=wrap(net, num_classes=3)), eps=BUDGETS[norm][0])
+        result = attack_of(name, norm).run(batch, ShiftContext(model=wrap(net, num_classes=3)), eps=BUDGETS[norm][0])
     assert [module.training for module in net.modules()] == flags
     assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
     assert [p.grad is None for p in net.parameters()] == [True] * 5 + [False]
     assert torch.equal(net[5].bias.grad, torch.ones(3))
     assert [p.requires_grad for p in net.parameters()] == [False] + [True] * 5
+    usual = attack_of(name, norm).run(batch, ShiftContext(model=model), eps=BUDGETS[norm][0])
+    assert torch.equal(result.images, usual.images), "the attack sees the model in eval mode"
     assert torch.equal(batch.images, before)
     assert not batch.images.requires_grad
 

@@ -86,7 +86,7 @@ def test_rows_equal_a_hand_made_loop():
     for severity in (0, 1, 3, 5):
         shifted = Darken().on(batch, severity, ShiftContext()).images
         answers = (quantize(shifted, data.info.spec).mean((1, 2, 3)) > 0.5).long()
-        accuracy = (answers == data.info.labels).float().mean().item()
+        accuracy = (answers == data.info.labels).double().mean().item()
         row = report.value("accuracy", shift="darken" if severity else "clean", severity=severity)
         assert row.value == pytest.approx(accuracy, abs=1e-9)
         assert row.low < row.value < row.high
