@@ -54,8 +54,9 @@ class PGD(Attack):
     step_size: float = 2.5
 
     def __post_init__(self) -> None:
-        if isinstance(self.eps, (int, float, str)):
-            raise KindError("PGD", "eps as a sequence of budgets", f"{self.eps!r}", f"Pass eps=({self.eps!r},).")
+        given: object = self.eps
+        if isinstance(given, (int, float, str)):
+            raise KindError("PGD", "eps as a sequence of budgets", f"{given!r}", f"Pass eps=({given!r},).")
         object.__setattr__(self, "eps", tuple(float(value) for value in self.eps))
         self.check()
         for name, value in (("steps", self.steps), ("restarts", self.restarts)):

@@ -31,7 +31,8 @@ class Levels:
     fixed: bool = False
 
     def __post_init__(self) -> None:
-        for value in self.values:
+        given: tuple[object, ...] = self.values
+        for value in given:
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise KindError("Levels", "numbers", f"{value!r}", f"Give the value in its unit: {self.unit}.")
         object.__setattr__(self, "values", tuple(float(value) for value in self.values))

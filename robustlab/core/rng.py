@@ -56,6 +56,19 @@ def hash_ids(names: Iterable[str]) -> Tensor:
     return torch.tensor(list(seen), dtype=torch.int64)
 
 
+def hashed(ids: Tensor) -> Tensor:
+    """Return int64 (N,) pseudonyms of ids, for files and pages that leave the machine.
+
+    The same id has the same pseudonym everywhere, so saved predictions of two models can be paired. The input is added
+    last (Davies and Meyer), so the mixing cannot be run backwards; someone who can list all possible ids can still
+    hash them and compare.
+
+    Args:
+        ids: int64 (N,).
+    """
+    return _mix64(_mix64(ids ^ stable_hash("pseudonym", 1)) ^ stable_hash("pseudonym", 2)) + ids
+
+
 def _mix64(x: Tensor) -> Tensor:
     """SplitMix64 finaliser (Steele, Lea, Flood 2014) on int64 with wrap-around."""
     x = x + _S1

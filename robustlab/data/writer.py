@@ -84,9 +84,9 @@ def write_corrupted(
     """
     who = "write_corrupted"
     if not isinstance(source, Source):
-        fix = "Make one: robustlab.load_data(path or arrays)."
-        raise KindError(who, "a Source", type(source).__name__, fix)
-    for name, values in (("shifts", shifts), ("severities", severities)):
+        raise KindError(who, "a Source", type(source).__name__, "Make one: robustlab.load_data(path or arrays).")
+    several: dict[str, object] = {"shifts": shifts, "severities": severities}
+    for name, values in several.items():
         if isinstance(values, str) or not isinstance(values, Iterable):
             raise KindError(who, f"{name} as a sequence", f"{values!r}", f"Pass {name}=({values!r},).")
     levels = [check_severity(severity, who) for severity in severities]

@@ -150,8 +150,8 @@ def interval(
 
 
 def units_of(store: PredictionStore) -> Tensor:
-    """Return the codes that are resampled, int64 (N,): clusters, or sample ids without clusters."""
-    return store.ids if store.clusters is None else store.clusters
+    """Return the codes that are resampled, int64 (N,): clusters, or hashed ids without clusters."""
+    return store.keys if store.clusters is None else store.clusters
 
 
 def bootstrap(
@@ -349,14 +349,14 @@ def discordance_interval(gain: Tensor, clusters: Tensor | None, confidence: floa
 
 def _matched(a: PredictionStore, b: PredictionStore) -> PredictionStore:
     """Return ``b`` in the order of ``a``, with the clusters of ``a``."""
-    (ids, rows), (ids_b, rows_b) = torch.sort(a.ids), torch.sort(b.ids)
+    (ids, rows), (ids_b, rows_b) = torch.sort(a.keys), torch.sort(b.keys)
     if not torch.equal(ids, ids_b):
         common = int(torch.isin(ids, ids_b).sum())
         raise ConfigError(
             "paired_difference",
             "predictions of the same samples",
             f"{len(a)} and {len(b)} samples, of which {common} are common",
-            "Select the common ids first: store.select(torch.isin(store.ids, ids)).",
+            "Select the common ones first: store.select(torch.isin(store.keys, keys)).",
         )
     if bool((ids[1:] == ids[:-1]).any()):
         raise ConfigError("paired_difference", "ids that are unique", "repeated ids", "Give every sample its own id.")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robustlab.core.errors import ShapeError
+from robustlab.core.rng import hashed
 from robustlab.core.types import Task
 
 
@@ -28,6 +29,7 @@ class PredictionStore:
         score_reasons: Scorer name to the reason why all its scores are NaN.
         groups: Column to int64 codes (N,), -1 for missing.
         clusters: int64 (N,) codes of the resampling unit (patient), or None for images.
+        pseudonyms: ``ids`` are hashed already, as they are in saved reports.
     """
 
     ids: Tensor
@@ -38,6 +40,7 @@ class PredictionStore:
     score_reasons: Mapping[str, str] = field(default_factory=dict)
     groups: Mapping[str, Tensor] = field(default_factory=dict)
     clusters: Tensor | None = None
+    pseudonyms: bool = False
 
     def __post_init__(self) -> None:
         count = len(self.logits)
@@ -57,6 +60,11 @@ class PredictionStore:
     def positive_class(self) -> bool:
         """The task has one positive class: two classes, of which 1 is the finding."""
         return self.task != "multilabel" and self.num_classes == 2
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """int64 (N,) hashed ids, by which samples are paired and resampled: the same before saving and after loading."""
+        return self.ids if self.pseudonyms else hashed(self.ids)
 
     @cached_property
     def finite(self) -> Tensor:
@@ -104,4 +112,5 @@ class PredictionStore:
             score_reasons=self.score_reasons,
             groups={name: codes[rows] for name, codes in self.groups.items()},
             clusters=None if self.clusters is None else self.clusters[rows],
+            pseudonyms=self.pseudonyms,
         )

@@ -166,7 +166,7 @@ def _row(
 
 
 def _identical(a: PredictionStore, b: PredictionStore) -> bool:
-    first, second = (store.logits[store.ids.argsort()] for store in (a, b))
+    first, second = (store.logits[store.keys.argsort()] for store in (a, b))
     return first.shape == second.shape and torch.equal(torch.nan_to_num(first), torch.nan_to_num(second))
 
 

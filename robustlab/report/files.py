@@ -28,7 +28,7 @@ SCHEMA = 1
 COLUMNS = tuple(field.name for field in fields(Row))
 _FLOATS = frozenset(field.name for field in fields(Row) if field.type == "float")
 _INTS = frozenset(field.name for field in fields(Row) if field.type == "int")
-_TENSORS = ("ids", "logits", "labels", "clusters")
+_TENSORS = ("logits", "labels", "clusters")
 PictureData = tuple[str, float, bytes, str]
 
 
@@ -211,7 +211,7 @@ def _field(name: str, value: Any) -> Any:
 
 
 def _pack(predictions: Mapping[str, PredictionStore]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Name each distinct tensor by its content, so ids, labels and groups are stored once for all conditions."""
+    """Name each distinct tensor by its content, so labels, hashed ids and groups are stored once."""
     tensors: dict[str, Tensor] = {}
 
     def keep(tensor: Tensor | None) -> str | None:
@@ -227,6 +227,7 @@ def _pack(predictions: Mapping[str, PredictionStore]) -> tuple[dict[str, Tensor]
             "key": key,
             "n": len(store),
             "task": store.task,
+            "ids": keep(store.keys),
             **{name: keep(getattr(store, name)) for name in _TENSORS},
             "scores": {name: keep(value) for name, value in store.scores.items()},
             "score_reasons": dict(store.score_reasons),
@@ -250,4 +251,5 @@ def _unpack(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Predicti
         score_reasons=entry["score_reasons"],
         groups={name: tensors[key] for name, key in entry["groups"].items()},
         clusters=take(entry["clusters"]),
+        pseudonyms=True,
     )

@@ -268,9 +268,12 @@ CALL = [
     ("label columns", lambda d: d.evaluate(d.net(4), multilabel(d)), ShapeError, r"\(N, 4\)"),
     ("val without labels", lambda d: d.evaluate(val=unlabelled(d)), ConfigError, "labelled val"),
     ("val labels from 1", lambda d: d.evaluate(val=d.data(labels=d.labels + 1)), LabelError, "^val"),
-    ("val without the cluster", lambda d: d.evaluate(
-        data=d.data(groups={"pid": np.arange(COUNT) // 2}), val=d.data(), cluster="pid"
-    ), UnknownNameError, "'pid'"),
+    (
+        "val without the cluster",
+        lambda d: d.evaluate(data=d.data(groups={"pid": np.arange(COUNT) // 2}), val=d.data(), cluster="pid"),
+        UnknownNameError,
+        "'pid'",
+    ),
     ("shift misspelt", lambda d: d.evaluate(shifts="gausian-noise"), UnknownNameError, "Did you mean 'gaussian-noise'"),
     ("suite misspelt", lambda d: d.evaluate(shifts="standart"), UnknownNameError, "Did you mean .*'standard'"),
     ("a class as the shift", lambda d: d.evaluate(shifts=GaussianNoise), KindError, "GaussianNoise.*instance"),
@@ -304,7 +307,7 @@ CALL = [
     ("a list of OOD sets", lambda d: d.evaluate(ood=[d.images]), KindError, "near/.*far/"),
     ("an OOD set misspelt", lambda d: d.evaluate(ood={"far/x": "phantom:cats"}), UnknownNameError, "radiograph"),
     ("detector data missing", lambda d: d.evaluate(fit=d.path / "no.npz"), DataFileError, "Check the path"),
-    ("no such device", lambda d: d.evaluate(device="gpu"), ConfigError, "'gpu'.*'cpu'"),
+    ("no such device", lambda d: d.evaluate(device="gpu"), ConfigError, "device 'cpu'.*got 'gpu'"),
 ]
 PARTS = [
     ("eps in grey levels", lambda d: PGD(eps=(4, 8)), RangeError, "255"),
