@@ -261,7 +261,7 @@ def _try_model(model: Model, first: Batch, source: Source) -> None:
     try:
         model.predict(first)
     except Exception as error:  # a network may fail in any way
-        if isinstance(error, RobustlabError) or is_out_of_memory(error):
+        if isinstance(error, (RobustlabError, Warning)) or is_out_of_memory(error):
             raise
         raise ModelError(
             f"model {model.model_name!r}",
@@ -303,9 +303,7 @@ def resolve_detectors(detectors: Sequence[str | Detector]) -> dict[str, Detector
     for item in as_items(detectors, (str, Detector), expected, "For example detectors=('msp', 'energy')."):
         detector = DETECTORS.get(item)() if isinstance(item, str) else item
         if not isinstance(detector, Detector):
-            raise KindError(
-                "evaluate_under_shift", expected, f"{item!r}", instance_hint(item, "For example 'energy'.")
-            )
+            raise KindError("evaluate_under_shift", expected, f"{item!r}", instance_hint(item, "For example 'energy'."))
         found[detector.name] = detector
     return found
 

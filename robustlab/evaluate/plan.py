@@ -82,7 +82,8 @@ def as_items(value: object, single: type[Any] | tuple[type[Any], ...], expected:
     Raises:
         KindError: Neither one thing nor several.
     """
-    if isinstance(value, single) or isinstance(value, type):
+    kinds = single if isinstance(single, tuple) else (single,)
+    if isinstance(value, (*kinds, type)):
         return (value,)
     if not isinstance(value, Iterable):
         raise KindError("evaluate_under_shift", expected, f"{value!r}", fix)

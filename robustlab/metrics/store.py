@@ -63,7 +63,7 @@ class PredictionStore:
 
     @cached_property
     def keys(self) -> Tensor:
-        """int64 (N,) hashed ids, by which samples are paired and resampled: the same before saving and after loading."""
+        """int64 (N,) hashed ids, that pair and resample samples: the same before saving and after loading."""
         return self.ids if self.pseudonyms else hashed(self.ids)
 
     @cached_property

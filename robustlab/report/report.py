@@ -130,7 +130,7 @@ class Report:
     def save(self, folder: str | Path) -> Path:
         """Write report.json, rows.csv, predictions.safetensors with predictions.json, and gallery.json if there is one.
 
-        Sample ids are stored hashed (``PredictionStore.keys``); two saved reports can still be compared sample by sample.
+        Sample ids are stored hashed (``PredictionStore.keys``); saved reports can still be compared, sample by sample.
 
         Each file is written beside its place and moved there, so a reader never meets half a file.
 

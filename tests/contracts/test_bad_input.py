@@ -123,7 +123,8 @@ class Desk:
             images[5, 0, 0] = bad
         return images
 
-    def write(self, source=None, shifts=(GaussianNoise(),), severities=(1,), **options):
+    def write(self, source=None, shifts=None, severities=(1,), **options):
+        shifts = (JPEG(),) if shifts is None else shifts
         return robustlab.write_corrupted(
             self.data() if source is None else source, shifts, severities, self.path / "out", progress=False, **options
         )

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from robustlab.core.errors import ConfigError, DataFileError, KindError, UnknownNameError
+from robustlab.core.rng import hashed
 from robustlab.report import Picture, Report, files
 
 FILES = {"report.json", "rows.csv", "predictions.safetensors", "predictions.json"}
