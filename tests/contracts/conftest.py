@@ -16,7 +16,7 @@ def exact():
 @pytest.fixture(scope="session")
 def elsewhere(tmp_path_factory):
     folder, root = tmp_path_factory.mktemp("elsewhere"), Path(__file__).resolve().parents[2]
-    code = "import pathlib, sys; from tests.contracts.toys import work_elsewhere; work_elsewhere(pathlib.Path(sys.argv[1]))"
+    code = "import sys; from tests.contracts.toys import work_elsewhere; work_elsewhere(sys.argv[1])"
     environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONHASHSEED": "77"}
     done = subprocess.run(
         [sys.executable, "-c", code, str(folder)],

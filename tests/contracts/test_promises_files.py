@@ -1,7 +1,6 @@
 """The promises on what cannot be read, on outputs that are not finite, and on what is written to disk."""
 
 import csv
-import json
 import math
 import re
 

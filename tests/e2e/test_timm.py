@@ -1,0 +1,32 @@
+"""Bare timm networks work in five lines, also on images of another size and channel count."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import robustlab
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "shape"),
+    [("resnet18", (96, 96), (3, 96, 96)), ("vit_tiny_patch16_224", (28, 28), (3, 224, 224))],
+)
+def test_five_lines(name, size, shape):
+    net = timm.create_model(name, num_classes=2).eval()
+    seen = []
+    net.register_forward_pre_hook(lambda module, arguments: seen.append(tuple(arguments[0].shape[1:])))
+    generator = np.random.default_rng(0)
+    images, labels = generator.integers(0, 256, (12, *size), dtype=np.uint8), np.arange(12) % 2
+    report = robustlab.evaluate_under_shift(
+        net, (images, labels), shifts="gaussian-noise", severities=(3,), progress=False
+    )
+    assert set(seen) == {shape}
+    assert report.value("accuracy", shift="gaussian-noise", severity=3).n == 12
+    assert "gaussian-noise" in report.summary()
+    mean = net.pretrained_cfg["mean"]
+    assert tuple(report.manifest["model"]["settings"]["mean"]) == pytest.approx(mean)
+    direct = net(((torch.from_numpy(images[:, None]) / 255).expand(-1, 3, -1, -1) - torch.tensor(mean).view(1, 3, 1, 1))
+                 / torch.tensor(net.pretrained_cfg["std"]).view(1, 3, 1, 1)) if name == "resnet18" else None  # fmt: skip
+    if direct is not None:
+        assert torch.allclose(report.predictions["clean"].logits, direct, atol=1e-4)
