@@ -152,7 +152,7 @@ class WrappedModel(Model):
         model_name: str,
     ) -> None:
         self.net = net
-        self._task = task
+        self._task: Task | None = task
         self._output = output
         self._classes = num_classes
         self.mean = mean
@@ -168,7 +168,7 @@ class WrappedModel(Model):
     @property
     def task(self) -> Task:  # type: ignore[override]
         """Declared task, or multiclass."""
-        return self._task or "multiclass"
+        return "multiclass" if self._task is None else self._task
 
     @property
     def num_classes(self) -> int:  # type: ignore[override]
@@ -386,7 +386,7 @@ def wrap(
         size = tuple(stated["input_size"][-2:])
     if channels is None and isinstance(net, nn.Module):
         channels = _first_channels(net)
-        if channels == 1 and mean is not None and not isinstance(mean, float) and len(tuple(mean)) == 3:
+        if channels == 1 and mean is not None and not isinstance(mean, (int, float)) and len(tuple(mean)) == 3:
             mean, std = _average(mean), _average(std)
     std_values = _as_tuple(std)
     if std_values is not None and min(std_values) <= 0:

@@ -285,6 +285,23 @@ def test_5_clusters_are_counted_as_units(full):
     assert full.value("nll").n_units == 60
 
 
+def test_5_what_is_undefined_says_why(tmp_path):
+    """One class, no validation data, probabilities, no shift: much cannot be known, and nothing is 0 for that."""
+    data = source("binary", labels=np.ones(COUNT, dtype=int))
+    net, output = forms("binary")["probs"]
+    report = evaluate(robustlab.wrap(net, output=output), data, shifts=(), ood={"far/x": source(seed=2)})
+    undefined = [row for row in report.rows if math.isnan(row.value)]
+    found = {row.scorer or row.shift if row.scorer or row.shift != "clean" else row.metric for row in undefined}
+    assert {"auroc", "silent-failure-rate", "specificity", "energy", "worst", "worst plausible"} <= found
+    stored = json.loads((report.save(tmp_path) / "report.json").read_text())
+    lines = [dict(zip(stored["columns"], line, strict=True)) for line in stored["rows"]]
+    for row, line in zip(report.rows, lines, strict=True):
+        if math.isnan(row.value) or math.isnan(row.low):
+            assert row.reason, row
+            assert line["reason"] == row.reason
+            assert None in (line["value"], line["low"])
+
+
 @pytest.mark.parametrize("label", ["worst", "worst plausible"])
 def test_5_the_worst_of_many_pays_for_having_been_picked(full, label):
     rows = [row for row in full.rows if row.shift == label and not math.isnan(row.value)]
