@@ -38,7 +38,38 @@ _HOMES = {
 }
 _WHERE = {name: module for module, names in _HOMES.items() for name in names}
 
-__all__ = sorted((*_WHERE, "__version__"))
+__all__ = [
+    "Attack",
+    "AttackResult",
+    "Batch",
+    "Corruption",
+    "Defense",
+    "Detector",
+    "ImageSpec",
+    "Levels",
+    "Model",
+    "ModelOutputs",
+    "PredictionStore",
+    "Report",
+    "RobustlabError",
+    "RobustlabWarning",
+    "SampleRng",
+    "Shift",
+    "ShiftContext",
+    "Source",
+    "__version__",
+    "compare",
+    "evaluate_under_shift",
+    "load_data",
+    "register_attack",
+    "register_corruption",
+    "register_defense",
+    "register_detector",
+    "register_metric",
+    "resolve",
+    "wrap",
+    "write_corrupted",
+]
 
 
 def __getattr__(name: str) -> Any:

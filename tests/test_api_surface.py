@@ -23,6 +23,12 @@ def test_registered_names(kind):
     assert sorted(have) == SURFACE["registries"][kind]
 
 
+def test_lazy_names_are_the_public_names():
+    import robustlab
+
+    assert set(robustlab._WHERE) | {"__version__"} == set(robustlab.__all__)
+
+
 def test_every_public_name_resolves_and_is_documented():
     for module in SURFACE["modules"]:
         loaded = importlib.import_module(module)

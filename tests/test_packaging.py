@@ -54,7 +54,7 @@ def test_shadowed_sibling_is_refused(tmp_path, sibling):
     (tmp_path / f"{sibling}.py").write_text("value = 1\n")
     done = run(f"import robustlab.{sibling}", cwd=tmp_path) if _installed() else _shadow_from(tmp_path, sibling)
     assert done.returncode != 0
-    assert f"robustlab needs its own package '{sibling}'" in done.stderr
+    assert f"robustlab: expected its own package '{sibling}'" in done.stderr
 
 
 def _installed() -> bool:

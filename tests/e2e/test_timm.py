@@ -26,7 +26,7 @@ def test_five_lines(name, size, shape):
     assert "gaussian-noise" in report.summary()
     mean = net.pretrained_cfg["mean"]
     assert tuple(report.manifest["model"]["settings"]["mean"]) == pytest.approx(mean)
-    direct = net(((torch.from_numpy(images[:, None]) / 255).expand(-1, 3, -1, -1) - torch.tensor(mean).view(1, 3, 1, 1))
-                 / torch.tensor(net.pretrained_cfg["std"]).view(1, 3, 1, 1)) if name == "resnet18" else None  # fmt: skip
-    if direct is not None:
+    if name == "resnet18":
+        mean, std = (torch.tensor(net.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+        direct = net((torch.from_numpy(images[:, None]).expand(-1, 3, -1, -1) / 255 - mean) / std)
         assert torch.allclose(report.predictions["clean"].logits, direct, atol=1e-4)
