@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import random
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,7 +70,8 @@ class FromAlbumentations(Shift):
     Args:
         transform: An albumentations transform or composition, used at every severity above 0; or a function from
             severity (above 0, at most 5) to one.
-        name: Kebab-case name for tables and keys; also stands for the transform in fingerprints.
+        name: Kebab-case name for tables and keys; also stands for the transform in fingerprints. The transform's class
+            name if not given.
         version: Raise it when the transform changes: name and version are all that caches can compare.
 
     Raises:
@@ -78,7 +80,7 @@ class FromAlbumentations(Shift):
 
     opaque: ClassVar[bool] = True
     transform: Any
-    name: str  # type: ignore[misc]  # pyright: ignore[reportIncompatibleVariableOverride] - one class, many transforms
+    name: str = ""  # type: ignore[misc]  # pyright: ignore[reportIncompatibleVariableOverride] - one class, many transforms
     version: int = 1  # type: ignore[misc]  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __post_init__(self) -> None:
@@ -89,6 +91,10 @@ class FromAlbumentations(Shift):
                 repr(self.transform),
                 "Pass e.g. A.CLAHE(p=1) or lambda severity: A.GaussianBlur(sigma_limit=(severity, severity), p=1).",
             )
+        if not self.name:
+            kind = getattr(self.transform, "__name__", type(self.transform).__name__).strip("<>")
+            kebab = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|_", "-", kind).lower()
+            object.__setattr__(self, "name", f"albumentations:{kebab}")
 
     def parameters(self, severity: float) -> Mapping[str, tuple[float, str]]:
         return {"severity": (severity, "severity")}

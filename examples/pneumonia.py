@@ -19,6 +19,7 @@ from robustlab.corruptions import PGD
 from robustlab.train import fit, seeded_init
 
 MEAN, STD = 0.5, 0.25
+CLASSES = ("normal", "pneumonia")
 
 
 def small_cnn(width: int = 32) -> nn.Module:
@@ -41,7 +42,10 @@ def main() -> None:
     options = parser.parse_args()
 
     file = options.data / "pneumoniamnist.npz"
-    train, val, test = (robustlab.load_data(file, split=split, modality="xray") for split in ("train", "val", "test"))
+    train, val, test = (
+        robustlab.load_data(file, split=split, modality="xray", class_names=CLASSES)
+        for split in ("train", "val", "test")
+    )
     net = seeded_init(small_cnn, seed=0)
     model = robustlab.wrap(net, task="multiclass", output="logits", mean=MEAN, std=STD, name="small-cnn")
     fit(model, train, val, epochs=1 if options.fast else 12, batch_size=128, lr=2e-3, seed=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import json
 from collections.abc import Callable, Mapping
@@ -64,7 +65,7 @@ def _from_timm(name: str, options: Mapping[str, Any]) -> nn.Module:
     import timm
 
     if not timm.is_model(name):
-        close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5]) or "see timm.list_models()"
+        close = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=4)) or "see timm.list_models()"
         raise UnknownNameError("timm", "a model that timm has", repr(name), f"Near it: {close}.")
     net: nn.Module = timm.create_model(name, pretrained=False, **options)
     return net

@@ -14,7 +14,7 @@ from .spec import array_fingerprint
 from .types import Batch, ImageSpec, Task
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SourceInfo:
     """What is known of a source without decoding an image.
 
@@ -57,6 +57,9 @@ class Source(ABC):
 
     def __len__(self) -> int:
         return len(self.info)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.info.name!r}: {len(self)} images>"
 
     def read(self, index: Sequence[int]) -> Batch:
         """Return the samples at positions ``index`` as a CPU batch."""

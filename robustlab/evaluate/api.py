@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +14,15 @@ import torch
 from robustlab.core.attack import Attack
 from robustlab.core.checks import check_images, check_labels
 from robustlab.core.detector import Detector
-from robustlab.core.errors import ConfigError, KindError, ModelError, RangeError, RobustlabError
+from robustlab.core.errors import (
+    ConfigError,
+    KindError,
+    LabelError,
+    ModelError,
+    RangeError,
+    RobustlabError,
+    RobustlabWarning,
+)
 from robustlab.core.model import Capabilities, Model, probe, wrap
 from robustlab.core.registry import DETECTORS, METRICS
 from robustlab.core.shift import Shift
@@ -99,7 +108,7 @@ def evaluate_under_shift(
         fit: In-distribution training data for detectors that need fitting.
         metrics: ``"default"``, ``"all"``, or names.
         groups: Columns by which accuracy-type metrics are repeated.
-        cluster: Column of the independent unit, e.g. ``"patient"``: intervals then resample units, not images.
+        cluster: Column of ``data`` with the independent unit, e.g. ``"patient"``: intervals resample units, not images.
         referral: Share of validation cases that confidence and detector may refer to a human, in (0, 1).
         plausible: Severities up to this one count as plausible for the worst plausible shift.
         margin: Drop of accuracy that matters, as a share; decides between *breaks*, *worse* and *holds*.
@@ -149,6 +158,7 @@ def evaluate_under_shift(
         ood=inputs.ood,
         plan=inputs.plan,
         failures=predictions.failures,
+        stores=predictions.main.stores,
         frozen=frozen,
         cluster=cluster,
         chunk=chunk,
@@ -229,8 +239,13 @@ def _load(
     validation = None if val is None else load_data(val, split="val")
     if validation is not None:
         _check_labelled(validation, wrapped, "val")
-        if cluster:
-            validation.column(cluster)
+        if validation.fingerprint() == source.fingerprint():
+            warnings.warn(
+                f"val and data are the same ({source.info.name!r}): thresholds fitted on test data flatter the model. "
+                "Pass other data as val=.",
+                RobustlabWarning,
+                stacklevel=4,
+            )
     if ood is not None and not isinstance(ood, Mapping):
         raise KindError(
             "evaluate_under_shift",
@@ -279,6 +294,14 @@ def _try_model(model: Model, first: Batch, source: Source) -> None:
             f"Pass task={source.info.task!r} to wrap(), or other labels.",
         )
     _check_labelled(source, model, "data")
+    if source.info.task == "binary" and model.num_classes > 2:
+        raise LabelError(
+            f"data {source.info.name!r}",
+            f"labels of {model.num_classes} classes, as the model has {model.num_classes} outputs",
+            "labels 0 and 1 only",
+            "Give the network two outputs (on the command line --arg num_classes=2); if the labels are a part of more "
+            "classes, say so with load_data(..., task='multiclass').",
+        )
 
 
 def _check_labelled(source: Source, model: Model, role: str) -> None:
@@ -366,7 +389,7 @@ def _predict_all(inputs: _Inputs, seed: int, chunk: int, cluster: str | None, ba
         )
 
     main = run(inputs.source, inputs.plan, _same, cluster)
-    val = None if inputs.val is None else run(inputs.val, only_clean, _adapter(inputs.val, spec), cluster)
+    val = None if inputs.val is None else run(inputs.val, only_clean, _adapter(inputs.val, spec), None)
     foreign: dict[str, PredictionStore] = {}
     failures = dict(main.failures)
     for name, source in inputs.ood.items():

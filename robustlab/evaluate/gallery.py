@@ -26,7 +26,8 @@ def make_gallery(source: Source, plan: Plan, model: Model, seed: int) -> tuple[P
     if labels is not None and labels.ndim == 1 and bool((labels == labels.max()).any()):
         row = int((labels == labels.max()).nonzero()[0])
     batch = source.read([row, row]).to(model.device)
-    pictures = [Picture(CLEAN.label, 0.0, encode_png(batch.images[0]), _caption(model, batch.images, source))]
+    truth = "" if labels is None or labels.ndim != 1 else f" (truth: {_name(model, source, int(labels[row]))})"
+    pictures = [Picture(CLEAN.label, 0.0, encode_png(batch.images[0]), _caption(model, batch.images, source) + truth)]
     ctx = ShiftContext(seed=seed, spec=source.info.spec, model=model)
     for sweep in plan.sweeps:
         if isinstance(sweep.shift, Attack) and batch.labels is None:
@@ -44,9 +45,12 @@ def _caption(model: Model, images: Tensor, source: Source) -> str:
     if model.task == "multilabel":
         return f"{int((logits > 0).sum())} findings"
     probability, answer = torch.softmax(logits.double(), 0).max(0)
+    return f"{_name(model, source, int(answer))} {probability.item():.2f}"
+
+
+def _name(model: Model, source: Source, index: int) -> str:
     names = model.class_names or source.info.class_names
-    named = names is not None and len(names) == len(logits)
-    return f"{names[int(answer)] if named and names else int(answer)} {probability.item():.2f}"
+    return names[index] if names is not None and len(names) == model.num_classes else f"class {index}"
 
 
 def encode_png(image: Tensor) -> bytes:

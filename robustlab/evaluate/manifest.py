@@ -18,6 +18,7 @@ from robustlab import __version__
 from robustlab.core.model import Capabilities, Model
 from robustlab.core.source import Source
 from robustlab.metrics.base import Frozen
+from robustlab.metrics.store import PredictionStore
 
 from .plan import Plan, describe
 from .run import clusters_of
@@ -34,6 +35,7 @@ def make_manifest(
     ood: Mapping[str, Source],
     plan: Plan,
     failures: Mapping[str, str],
+    stores: Mapping[str, PredictionStore],
     frozen: Frozen,
     cluster: str | None,
     chunk: int,
@@ -55,6 +57,7 @@ def make_manifest(
             "name": model.model_name,
             "fingerprint": model.fingerprint(),
             "settings": _plain(model.settings()),
+            "classes": model.num_classes,
             "parameters": model.parameter_count(),
             "capabilities": asdict(capabilities),
         },
@@ -64,7 +67,10 @@ def make_manifest(
         "conditions": _conditions(plan),
         "skipped": [{"what": what, "why": why} for what, why in plan.skipped],
         "failures": [{"condition": name, "error": text} for name, text in failures.items()],
-        "not_tested": not_tested(plan, val, ood, cluster, settings, failures),
+        "not_tested": [
+            *warnings_of(source, val, stores),
+            *not_tested(plan, val, ood, cluster, settings, failures),
+        ],
         "frozen": {
             "thresholds": None if frozen.thresholds is None else frozen.thresholds.tolist(),
             "confidence": frozen.confidence,
@@ -172,6 +178,21 @@ def threat_model(plan: Plan, source: Source) -> str | None:
     return "; ".join(parts) + "."
 
 
+def warnings_of(source: Source, val: Source | None, stores: Mapping[str, PredictionStore]) -> list[str]:
+    """Return sentences about what makes the numbers themselves doubtful."""
+    out = []
+    broken = {key: int((~store.finite).sum()) for key, store in stores.items()}
+    if any(broken.values()):
+        worst = max(broken, key=lambda key: broken[key])
+        out.append(
+            f"Outputs that are not finite: {broken.get('clean', 0)} of {len(source)} on clean data, {broken[worst]} "
+            f"under {worst}; they count as wrong answers, as referred, and are left out of the other metrics."
+        )
+    if val is not None and val.fingerprint() == source.fingerprint():
+        out.append("Independent operating points: val and data are the same, so thresholds saw the test data.")
+    return out
+
+
 def not_tested(
     plan: Plan,
     val: Source | None,
@@ -197,5 +218,8 @@ def not_tested(
         out.append("Several images of one patient: images are taken as independent (cluster=).")
     out += [f"{what}: {why}." for what, why in plan.skipped]
     out += [f"{name}: failed, see failures." for name in failures]
-    out.append("Geometric shifts, artefacts and real data of another site.")
+    families = {getattr(sweep.shift, "family", "") for sweep in plan.sweeps}
+    kinds_of_shift = (("geometric shifts", "geometry"), ("artefacts", "artifact"))
+    untouched = [word for word, family in kinds_of_shift if family not in families]
+    out.append(", ".join([*untouched, "real data of another site"]).capitalize() + ".")
     return out

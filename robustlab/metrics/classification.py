@@ -197,6 +197,9 @@ class BalancedAccuracy(Metric):
         else:
             estimate = bootstrap(store, _mean_rate(rates), context.resampler, entered)
             estimate = replace(estimate, method=f"{estimate.method}{note}")
+            if estimate.low == estimate.high:  # one answer to everything: no replicate differs, though the rates do
+                low, high = _mover(parts)
+                estimate = Estimate(value, low, high, n, units, f"wilson a class, combined by MOVER{note}")
         return [MetricValue(self.name, estimate, self.direction)]
 
     def statistics(self, store: PredictionStore, context: Context) -> Mapping[str, Statistic]:

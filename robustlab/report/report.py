@@ -35,7 +35,7 @@ class Picture:
     caption: str
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Report:
     """What an evaluation found.
 
@@ -55,6 +55,10 @@ class Report:
         plain = files.plain_json({"schema": files.SCHEMA, **self.manifest})
         object.__setattr__(self, "rows", tuple(self.rows))
         object.__setattr__(self, "manifest", plain)
+
+    def __repr__(self) -> str:
+        model, data = (self.manifest.get(key) or {} for key in ("model", "data"))
+        return f"<Report of {model.get('name', 'model')} on {data.get('name', 'data')}: {len(self.rows)} rows>"
 
     def value(
         self,

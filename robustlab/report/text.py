@@ -75,7 +75,7 @@ def _truth(report: Report) -> Iterable[str]:
 
 
 def _count(row: Row, noun: str) -> str:
-    return f"n={row.n:,}" if row.n == row.n_units else f"n={row.n:,} ({row.n_units:,} {noun})"
+    return f"n={row.n:,} {noun}" if row.n == row.n_units else f"n={row.n:,} images ({row.n_units:,} {noun})"
 
 
 def _wrap(text: str, bullet: str = "") -> list[str]:

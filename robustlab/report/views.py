@@ -250,12 +250,25 @@ def headline(report: Report) -> list[HeadlineRow]:
     for metric in HEADLINE:
         rows = table.get((metric, "clean", 0.0, ""), [])
         rows = [row for row in rows if not row.target] or rows
+        more = len(rows) - _MOST_TARGETS
         for row in rows[:_MOST_TARGETS]:
             shifted = [] if bad is None else table.get((metric, bad.shift, round(bad.severity, 6), ""), [])
             other = next((r for r in shifted if (r.target, r.scorer) == (row.target, row.scorer)), None)
-            name = f"{words.title(metric)} ({row.target})" if row.target else words.title(metric)
+            name = words.title(metric) + _detail(report, row)
+            if more > 0 and row is rows[_MOST_TARGETS - 1]:
+                name += f", {more} more in rows.csv"
             lines.append(HeadlineRow(name, row, other))
     return lines
+
+
+def _detail(report: Report, row: Row) -> str:
+    """Return which class a number is of, or the frozen threshold that it stands at."""
+    if row.target:
+        return f" ({row.target})"
+    thresholds = (report.manifest.get("frozen") or {}).get("thresholds") or []
+    if row.metric in ("sensitivity", "specificity") and len(thresholds) == 1 and thresholds[0] is not None:
+        return f" at {thresholds[0]:.3g}, set on val"
+    return ""
 
 
 def worst_plausible(table: Index, known: Mapping[str, Condition]) -> Condition | None:
@@ -308,7 +321,7 @@ def groups(report: Report) -> list[GroupTable]:
     """Return the group columns on clean data with the gap between the best and the worst level."""
     columns: dict[str, dict[str, dict[str, Row]]] = {}
     for row in report.rows:
-        if row.group and row.shift == "clean" and row.metric in GROUP_METRICS:
+        if row.group and row.shift == "clean" and row.metric in GROUP_METRICS and not row.target:
             column, _, level = row.group.partition("=")
             columns.setdefault(column, {}).setdefault(level, {}).setdefault(row.metric, row)
     return [
@@ -420,7 +433,15 @@ def _fallback_sentence(report: Report, table: Index, silent: Row | None) -> str:
 
 
 def _findings(report: Report) -> Iterable[str]:
-    """Yield one sentence on the plausible shifts, by verdict word, and one on attacks."""
+    """Yield one sentence on a model that only guesses, one on the plausible shifts, by verdict word, one on attacks."""
+    clean = pick(index(report.rows), "balanced-accuracy")
+    classes = (report.manifest.get("model") or {}).get("classes")
+    task = (report.manifest.get("data") or {}).get("task")
+    if clean is not None and classes and task != "multilabel" and clean.low <= 1 / classes:
+        yield (
+            f"On clean data the model is not shown to beat guessing (balanced accuracy {words.estimate(clean)}), so "
+            "that it holds under a shift means little."
+        )
     plausible = settings(report).get("plausible")
     limit = 3.0 if plausible is None or not isinstance(plausible, (int, float)) else float(plausible)
     order = ("breaks", "worse", "no decision", "holds")

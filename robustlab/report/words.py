@@ -89,7 +89,7 @@ def reason(text: str) -> str:
 
 
 def amount(value: float, unit: str, kind: str) -> str:
-    """Return a physical amount, e.g. "60 photons"; budgets of attacks as "eps 4/255"; empty where there is none."""
+    """Return a physical amount, e.g. "60 photons", for attacks "eps 4 grey levels"; empty where there is none."""
     if math.isnan(value):
         return ""
     if kind == "attack" and unit.startswith("linf") and "[0, 1]" in unit:
@@ -97,7 +97,9 @@ def amount(value: float, unit: str, kind: str) -> str:
         near = abs(levels - round(levels)) < 1e-6 and round(levels) > 0
         return f"eps {round(levels)}/255" if near else f"eps {value:.3g}"
     text = f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return f"eps {text}" if kind == "attack" else f"{text} {unit}".strip()
+    if kind == "attack":
+        return f"eps {text}" if "[0, 1]" in unit else f"eps {text} {unit}{'' if text == '1' else 's'}"
+    return f"{text} {unit}".strip()
 
 
 def listed(names: list[str]) -> str:

@@ -270,10 +270,10 @@ CALL = [
     ("val without labels", lambda d: d.evaluate(val=unlabelled(d)), ConfigError, "labelled val"),
     ("val labels from 1", lambda d: d.evaluate(val=d.data(labels=d.labels + 1)), LabelError, "^val"),
     (
-        "val without the cluster",
-        lambda d: d.evaluate(data=d.data(groups={"pid": np.arange(COUNT) // 2}), val=d.data(), cluster="pid"),
-        UnknownNameError,
-        "'pid'",
+        "two labels for a network of five outputs",
+        lambda d: d.evaluate(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(5)).eval(), data=d.data()),
+        LabelError,
+        "num_classes=2",
     ),
     ("shift misspelt", lambda d: d.evaluate(shifts="gausian-noise"), UnknownNameError, "Did you mean 'gaussian-noise'"),
     ("suite misspelt", lambda d: d.evaluate(shifts="standart"), UnknownNameError, "Did you mean .*'standard'"),
@@ -385,7 +385,7 @@ def test_the_table_is_long_and_every_call_is_right_without_its_mistake(tmp_path)
     desk = Desk(tmp_path)
     found = desk.evaluate(
         data=desk.data(groups={"sex": ["F", "M"] * 32}),
-        val=desk.data(),
+        val=robustlab.load_data(desk.images[::-1].copy(), labels=desk.labels[::-1].copy()),
         groups="sex",
         ood={"far/x": desk.images},
         attacks=PGD(steps=1, eps=(0.1,)),

@@ -35,11 +35,13 @@ def test_7_a_broken_file_is_quarantined_and_listed(tmp_path):
         folder = tmp_path / "set" / ("dark" if place % 2 else "light")
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / f"{place}.png")
-    whole = evaluate(Exact(), tmp_path / "set", ood={"far/x": tmp_path / "set"})
+    whole = evaluate(Exact(), robustlab.load_data(tmp_path / "set", task="multiclass"), ood={"far/x": tmp_path / "set"})
     assert whole.manifest["data"]["notes"] == []
     broken = tmp_path / "set" / "dark" / "7.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    report = evaluate(Exact(), tmp_path / "set", ood={"far/x": tmp_path / "set"})
+    report = evaluate(
+        Exact(), robustlab.load_data(tmp_path / "set", task="multiclass"), ood={"far/x": tmp_path / "set"}
+    )
     for described in (report.manifest["data"], report.manifest["ood"]["far/x"]):
         assert described["n"] == COUNT - 1
         assert any("dark/7.png" in note and "1 unreadable" in note for note in described["notes"])
