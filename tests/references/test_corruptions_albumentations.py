@@ -178,3 +178,12 @@ def test_importing_the_package_does_not_import_albumentations():
     code = "import sys, corruptions; sys.exit('albumentations' in sys.modules)"
     root = Path(__file__).resolve().parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+def test_a_transform_without_a_name_is_called_after_its_class():
+    import albumentations as A
+
+    from corruptions import FromAlbumentations
+
+    assert FromAlbumentations(A.GaussianBlur(p=1)).label == "albumentations:gaussian-blur"
+    assert FromAlbumentations(A.GaussianBlur(p=1), name="haze").label == "haze"

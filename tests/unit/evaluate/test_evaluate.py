@@ -234,3 +234,36 @@ def test_gallery_only_when_asked():
     pictures = evaluate(gallery=True).gallery
     assert len(pictures) == 6
     assert all(picture.png.startswith(b"\x89PNG") for picture in pictures)
+
+
+def test_validation_that_is_the_test_data_is_called_out():
+    with pytest.warns(robustlab.RobustlabWarning, match="same"):
+        report = evaluate(val=source())
+    assert any("thresholds saw the test data" in sentence for sentence in report.manifest["not_tested"])
+    assert not any("thresholds saw" in sentence for sentence in evaluate().manifest["not_tested"])
+
+
+def test_outputs_that_are_not_finite_are_counted_on_the_first_screen():
+    class Sometimes(Brightness):
+        def forward(self, x):
+            return torch.where(x.mean((1, 2, 3))[:, None] > 0.8, torch.nan, super().forward(x))
+
+    report = evaluate(Sometimes().eval())
+    count = int((source().read(range(60)).images.mean((1, 2, 3)) > 0.8).sum())
+    assert f"{count} of 60 on clean data" in report.summary()
+
+
+def test_a_guessing_model_gets_no_reassuring_verdict():
+    class Constant(Brightness):
+        def forward(self, x):
+            return super().forward(x) * 0 + torch.tensor([0.0, 2.0])
+
+    summary = evaluate(Constant().eval()).summary()
+    assert "not shown to beat guessing" in " ".join(summary.split())
+    assert "not shown to beat guessing" not in evaluate().summary()
+
+
+def test_the_frozen_threshold_stands_beside_the_rates_that_use_it():
+    report = evaluate()
+    (threshold,) = report.manifest["frozen"]["thresholds"]
+    assert f"Sensitivity at {threshold:.3g}, set on val" in report.summary()

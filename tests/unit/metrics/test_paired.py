@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from robustlab.metrics import Context, PredictionStore, Resampler, compute
 from robustlab.metrics.stats import discordance_interval
 
 Z = 1.959963984540054
@@ -54,3 +55,17 @@ def test_clusters_widen_where_images_of_a_patient_agree():
     together, apart = torch.arange(400) // 20, torch.randperm(400, generator=torch.Generator().manual_seed(0)) % 20
     widths = [high - low for low, high in (discordance_interval(gain, c) for c in (together, apart))]
     assert widths[0] > 2 * widths[1]
+
+
+def test_one_answer_to_everything_has_no_certain_balanced_accuracy():
+    labels = torch.arange(40) % 2
+    store = PredictionStore(
+        ids=torch.arange(40),
+        logits=torch.tensor([[0.0, 1.0]]).repeat(40, 1),
+        labels=labels,
+        task="binary",
+        clusters=torch.arange(40) // 4,
+    )
+    (value,) = compute(store, Context(resampler=Resampler(replicates=200)), ["balanced-accuracy"])
+    assert value.estimate.value == 0.5
+    assert value.estimate.low < 0.5 < value.estimate.high
