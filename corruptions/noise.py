@@ -17,7 +17,6 @@ from robustlab.core.rng import SampleRng
 from ._checks import check_levels
 
 _SMALL = 8.0  # mean count below which the distribution is summed, above which it is expanded
-_COMPACT = 4  # terms after which finished elements are dropped
 _LARGEST_U = 1 - 2.0**-17
 _BLOCK = 1 << 17  # elements worked on at once on the CPU: 512 KB, which stays in a core's cache
 
@@ -71,21 +70,13 @@ def _summed(mean: Tensor, u: Tensor) -> Tensor:
     probability = torch.exp(-mean)
     total = probability.clone()
     count = (total < u).to(torch.float32)
-    result, alive = count, torch.arange(0)
-    compact = mean.device.type == "cpu"  # on other devices asking who is left would stall the queue
+    below = torch.empty_like(total)
     for k in range(1, _most_counts()):
-        if compact and k % _COMPACT == 0:
-            left = (total < u).nonzero().squeeze(1)
-            if k > _COMPACT:
-                result[alive] = count
-            alive = left if k == _COMPACT else alive[left]
-            mean, u, probability, total, count = (each[left] for each in (mean, u, probability, total, count))
         probability.mul_(mean).mul_(1 / k)
         total.add_(probability)
-        count.add_(total < u)
-    if len(alive):
-        result[alive] = count
-    return result
+        torch.lt(total, u, out=below)
+        count.add_(below)
+    return count
 
 
 def _most_counts() -> int:
