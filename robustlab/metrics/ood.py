@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import ClassVar, Literal
 
@@ -54,9 +55,9 @@ class _Separation(Metric):
     on = "ood"
     counts: ClassVar[Literal["pairs", "id", "ood"]]
 
+    @abstractmethod
     def statistic(self, inside: Tensor, outside: Tensor) -> PairStatistic:
         """Return the statistic of ascending ID and OOD scores, as a function of ID and OOD weights."""
-        raise NotImplementedError
 
     def compute(self, store: PredictionStore, context: Context) -> list[MetricValue]:
         if context.reference is None:
