@@ -63,7 +63,7 @@ def _expanded(mean: Tensor, z: Tensor) -> Tensor:
     count.add_((square + 2).mul_(1 / 6))
     count.sub_((square + 2).mul_(z).div_(root).mul_(1 / 72))
     count.add_((square * 3).add_(7).mul_(square).sub_(16).div_(mean).mul_(1 / 810))
-    return count.floor_()
+    return count.floor_().clamp_min_(0)
 
 
 def _summed(mean: Tensor, u: Tensor) -> Tensor:

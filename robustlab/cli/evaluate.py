@@ -124,7 +124,8 @@ def _floats(text: str | None) -> list[float] | None:
 
 def _validation(val: str | None, data: str) -> Any:
     """Load validation data; a data set without that split is evaluated without, and the report says so."""
-    from robustlab import RobustlabError, load_data
+    from robustlab import load_data
+    from robustlab.core.errors import MissingSplitError
 
     if val is None or val == "none":
         return None
@@ -132,7 +133,7 @@ def _validation(val: str | None, data: str) -> Any:
         return load_data(val, split="val")
     try:
         return load_data(data, split=val.removeprefix("split:"))
-    except RobustlabError as error:
+    except MissingSplitError as error:
         if val != "split:val":
             raise
         typer.echo(f"No validation data: {error}", err=True)

@@ -44,4 +44,7 @@ class Detector(ABC):
         """Return why the score is undefined for this model, or None."""
         if Needs.OFFSET in self.needs and not model.has_offset:
             return "needs logits: the offset of the logits is lost in probabilities"
+        unmet = sorted(need.value for need in self.needs - {Needs.LOGITS, Needs.OFFSET})
+        if unmet:
+            return f"needs {', '.join(unmet)}, which the evaluation does not offer yet"
         return None

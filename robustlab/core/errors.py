@@ -70,6 +70,10 @@ class DataFileError(RobustlabError, OSError):
         return RobustlabError.__str__(self)
 
 
+class MissingSplitError(DataFileError):
+    """A data set has no such split."""
+
+
 class MissingExtraError(RobustlabError, ImportError):
     """An optional dependency is not installed."""
 

@@ -163,6 +163,7 @@ class WrappedModel(Model):
         self.class_names = class_names
         self.model_name = model_name
         self.has_offset = output in (None, "logits")
+        self.assumed_normalisation = False
         self._checked = output is not None
 
     @property
@@ -251,12 +252,15 @@ class WrappedModel(Model):
         single = raw.shape[1] == 1 and self.task != "multilabel"
         if self._output == "probs":
             self._check_declared(raw, -1e-6, 1 + 1e-6, "probabilities in [0, 1]")
+            # rounding may leave 1 + 1e-7, whose complement has no logarithm
+            raw = torch.where(torch.isinf(raw), torch.nan, raw.clamp_max(1.0))
             log_p = raw.clamp_min(_TINY).log()
             logits = log_p - torch.log1p(-raw).clamp_min(-100.0) if single or self.task == "multilabel" else log_p
         elif self._output == "log_probs":
             self._check_declared(raw, -torch.inf, 1e-4, "log-probabilities, at most 0")
             # a probability of 0 is an answer, and no broken output
             log_p = torch.where(raw == -torch.inf, math.log(_TINY), raw)
+            log_p = torch.where(log_p == torch.inf, torch.nan, log_p.clamp_max(0.0))
             log_q = torch.log1p(-log_p.exp()).clamp_min(-100.0)
             logits = log_p - log_q if single or self.task == "multilabel" else log_p
         else:
@@ -290,6 +294,7 @@ class WrappedModel(Model):
     def _refuse_probabilities(self, raw: Tensor) -> None:
         """Stop when undeclared outputs look like probabilities: guessing silently would change every score."""
         values = raw.detach()
+        values = values[torch.isfinite(values).all(1)]
         if len(values) < 4:
             return
         inside = bool((values >= 0).all() and (values <= 1).all())
@@ -380,6 +385,7 @@ def wrap(
     if size is not None and (not (sizes := _as_size(size)) or min(sizes) < 1):
         raise ConfigError("wrap", "size as pixels, positive: one integer or two", f"{size!r}", "For example size=224.")
     stated: Mapping[str, Any] = getattr(net, "pretrained_cfg", None) or {}
+    assumed = mean is None and std is None and "mean" in stated
     if mean is None and std is None and "mean" in stated:
         mean, std = stated["mean"], stated["std"]
     if size is None and stated.get("fixed_input_size"):
@@ -404,6 +410,7 @@ def wrap(
         class_names=None if class_names is None else tuple(class_names),
         model_name=name or type(net).__name__,
     )
+    model.assumed_normalisation = assumed
     logger.info("wrap: %s", dict(model.settings()))
     return model
 

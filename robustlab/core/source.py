@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -50,6 +50,7 @@ class Source(ABC):
     """Samples that can be read in any order; ids, labels and group columns travel with them."""
 
     info: SourceInfo
+    in_memory: bool = False
 
     @abstractmethod
     def pixels(self, index: Sequence[int]) -> Tensor:
@@ -89,10 +90,26 @@ class Source(ABC):
         return self.info.groups[name]
 
     def fingerprint(self) -> str:
-        """Return a hash of ids, labels and the pixels of up to 64 samples spread over the source."""
+        """Return a hash of ids, labels, group columns, the meaning of the pixels, and the pixels.
+
+        Of sources that decode when read, 64 samples stand for all pixels.
+        """
+        stored: str | None = getattr(self, "_fingerprint", None)
+        if stored is None:
+            info = self.info
+            facts = torch.tensor(list(repr((info.spec, info.class_names, info.task)).encode()), dtype=torch.uint8)
+            labels = [] if info.labels is None else [("labels", info.labels)]
+            columns = sorted(info.groups.items())
+            stored = array_fingerprint([("ids", info.ids), ("facts", facts), *labels, *columns, *self._hashed_pixels()])
+            self._fingerprint = stored
+        return stored
+
+    def _hashed_pixels(self) -> Iterator[tuple[str, Tensor]]:
+        """Iterate over all pixels where they are in memory, else over up to 64 samples, evenly spread."""
         count = len(self)
-        spread = sorted({i * (count - 1) // 63 for i in range(64)}) if count > 1 else [0]
-        arrays = [("ids", self.info.ids), ("pixels", self.pixels(spread))]
-        if self.info.labels is not None:
-            arrays.append(("labels", self.info.labels))
-        return array_fingerprint(arrays)
+        if self.in_memory:
+            rows: Sequence[int] = range(count)
+        else:
+            rows = sorted({i * (count - 1) // 63 for i in range(64)}) if count > 1 else [0]
+        for start in range(0, len(rows), 256):
+            yield "pixels", self.pixels(rows[start : start + 256])

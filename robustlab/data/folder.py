@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from robustlab.core.errors import ConfigError, DataFileError, ShapeError
+from robustlab.core.errors import ConfigError, DataFileError, MissingSplitError, ShapeError
 from robustlab.core.rng import hash_ids
 from robustlab.core.source import Source
 from robustlab.core.types import ImageSpec
@@ -90,7 +90,7 @@ def load_folder(root: Path, request: Request) -> Source:
         )
     spec = _common_spec(looks, request)
     kept = [i for i in keep if files[i] in looks]
-    found = sorted({tops[i] for i in keep}, key=natural_key) if any(tops) else None
+    found = sorted({tops[i] for i in keep}) if any(tops) else None  # plain order, as torchvision's ImageFolder
     names = _class_order(found, request)
     given = request.rows(kept, len(files))
     labels = None if names is None or found is None else [names.index(tops[i]) for i in kept]
@@ -154,7 +154,7 @@ def _split_folder(root: Path, request: Request) -> Path:
         return root
     wanted = [name for name in splits if SPLITS[name.lower()] == request.split]
     if not wanted:
-        raise DataFileError(
+        raise MissingSplitError(
             request.who,
             f"a folder {request.split!r}",
             f"folders {', '.join(splits)}",

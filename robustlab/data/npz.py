@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from robustlab.core.errors import DataFileError, MissingExtraError, UnknownNameError
+from robustlab.core.errors import DataFileError, MissingExtraError, MissingSplitError, UnknownNameError
 from robustlab.core.source import Source
 from robustlab.core.types import ImageSpec
 
@@ -79,7 +79,7 @@ def _read_arrays(path: Path, request: Request) -> tuple[dict[str, Array], dict[s
             files = list(archive.files)
             if f"{prefix}images" not in files:
                 splits = sorted(key.removesuffix("_images") for key in files if key.endswith("_images"))
-                raise DataFileError(
+                raise MissingSplitError(
                     request.who,
                     f"an array {prefix}images",
                     f"splits {', '.join(splits)}" if splits else f"arrays {', '.join(files) or 'none'}",

@@ -26,6 +26,8 @@ class ArraySource(Source):
         scale: Map to [0, 1].
     """
 
+    in_memory = True
+
     def __init__(self, info: SourceInfo, images: Array, scale: Scale) -> None:
         self.info = info
         self.images = images
@@ -76,6 +78,7 @@ class SubsetSource(Source):
     def __init__(self, source: Source, rows: Tensor) -> None:
         info = source.info
         self.source = source
+        self.in_memory = source.in_memory
         self.rows = rows.tolist()
         self.info = dataclasses.replace(
             info,

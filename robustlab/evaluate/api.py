@@ -37,7 +37,7 @@ from robustlab.report.rows import Row
 
 from .gallery import make_gallery
 from .manifest import make_manifest
-from .plan import CLEAN, Plan, as_items, instance_hint, make_plan, resolve_attacks, resolve_shifts
+from .plan import CLEAN, Plan, as_items, instance_hint, make_plan, resolve_attacks, resolve_shifts, without_attacks
 from .run import Bar, Pass, adapt, first_chunk, forward_passes, is_out_of_memory, predict_source, progress_bar
 from .score import Subject, condition_rows, ood_rows, worst_rows
 
@@ -177,7 +177,9 @@ def evaluate_under_shift(
             "replicates": replicates,
         },
     )
-    pictures: tuple[Picture, ...] = make_gallery(inputs.source, inputs.plan, inputs.model, seed) if gallery else ()
+    pictures: tuple[Picture, ...] = (
+        make_gallery(inputs.source, inputs.plan, inputs.model, seed, predictions.failures) if gallery else ()
+    )
     stores = {**predictions.main.stores, **{f"ood:{name}": store for name, store in predictions.ood.items()}}
     return Report(rows=tuple(rows), manifest=manifest, predictions=stores, gallery=pictures)
 
@@ -246,6 +248,9 @@ def _load(
                 RobustlabWarning,
                 stacklevel=4,
             )
+    _check_class_names(wrapped, source, validation)
+    if wrapped.task == "multilabel":
+        plan = without_attacks(plan)
     if ood is not None and not isinstance(ood, Mapping):
         raise KindError(
             "evaluate_under_shift",
@@ -256,6 +261,21 @@ def _load(
     others = {name: load_data(foreign) for name, foreign in (ood or {}).items()}
     capabilities = probe(wrapped, first)
     return _Inputs(wrapped, source, validation, others, plan, chosen, names, tuple(groups), capabilities)
+
+
+def _check_class_names(model: Model, source: Source, validation: Source | None) -> None:
+    """Refuse names in another order: indices would then mean other classes without anything looking wrong."""
+    wanted = source.info.class_names
+    others = (("val", validation.info.class_names if validation else None), ("the model", model.class_names))
+    for who, names in others:
+        if wanted is not None and names is not None and tuple(names) != tuple(wanted):
+            raise LabelError(
+                f"data {source.info.name!r}",
+                f"the classes of {who}, in that order: {', '.join(names)}",
+                ", ".join(wanted),
+                "Pass the same class_names= to load_data for every split (a folder without one class numbers the "
+                "others anew).",
+            )
 
 
 def _move(model: Model, device: str | torch.device | None) -> None:
@@ -327,6 +347,13 @@ def resolve_detectors(detectors: Sequence[str | Detector]) -> dict[str, Detector
         detector = DETECTORS.get(item)() if isinstance(item, str) else item
         if not isinstance(detector, Detector):
             raise KindError("evaluate_under_shift", expected, f"{item!r}", instance_hint(item, "For example 'energy'."))
+        if not detector.name or detector.name in found:
+            raise ConfigError(
+                "evaluate_under_shift",
+                "detectors with different names",
+                f"{detector.name or 'an unnamed one'!r}{' twice' if detector.name in found else ''}",
+                "Register the class under a name of its own: @robustlab.register_detector('vendor:name').",
+            )
         found[detector.name] = detector
     return found
 

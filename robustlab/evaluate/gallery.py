@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 
 import torch
 from PIL import Image
@@ -19,7 +20,9 @@ from .plan import CLEAN, Plan
 EDGE = 128
 
 
-def make_gallery(source: Source, plan: Plan, model: Model, seed: int) -> tuple[Picture, ...]:
+def make_gallery(
+    source: Source, plan: Plan, model: Model, seed: int, failures: Mapping[str, str]
+) -> tuple[Picture, ...]:
     """Return one sample, clean and under every condition, with the model's answer below."""
     labels = source.info.labels
     row = 0
@@ -31,6 +34,8 @@ def make_gallery(source: Source, plan: Plan, model: Model, seed: int) -> tuple[P
     ctx = ShiftContext(seed=seed, spec=source.info.spec, model=model)
     for sweep in plan.sweeps:
         if isinstance(sweep.shift, Attack) and batch.labels is None:
+            continue
+        if sweep.conditions[0].label in failures:
             continue
         draws = sweep.shift.prepare(batch, ctx)
         for condition in sweep.conditions:

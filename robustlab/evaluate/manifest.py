@@ -15,7 +15,7 @@ import numpy
 import torch
 
 from robustlab import __version__
-from robustlab.core.model import Capabilities, Model
+from robustlab.core.model import Capabilities, Model, WrappedModel
 from robustlab.core.source import Source
 from robustlab.metrics.base import Frozen
 from robustlab.metrics.store import PredictionStore
@@ -68,7 +68,7 @@ def make_manifest(
         "skipped": [{"what": what, "why": why} for what, why in plan.skipped],
         "failures": [{"condition": name, "error": text} for name, text in failures.items()],
         "not_tested": [
-            *warnings_of(source, val, stores),
+            *warnings_of(model, capabilities, source, val, stores),
             *not_tested(plan, val, ood, cluster, settings, failures),
         ],
         "frozen": {
@@ -178,9 +178,22 @@ def threat_model(plan: Plan, source: Source) -> str | None:
     return "; ".join(parts) + "."
 
 
-def warnings_of(source: Source, val: Source | None, stores: Mapping[str, PredictionStore]) -> list[str]:
+def warnings_of(
+    model: Model,
+    capabilities: Capabilities,
+    source: Source,
+    val: Source | None,
+    stores: Mapping[str, PredictionStore],
+) -> list[str]:
     """Return sentences about what makes the numbers themselves doubtful."""
     out = []
+    if isinstance(model, WrappedModel) and model.assumed_normalisation:
+        out.append(
+            f"Preprocessing: mean {model.mean} and std {model.std} were read from the network's pretrained_cfg; if it "
+            "was trained with others, every number here is off (wrap(net, mean=..., std=...))."
+        )
+    if not capabilities.batch_independent or getattr(model, "order_dependent", False):
+        out.append("Single images: an answer depends on the images beside it, so all numbers hold for this order only.")
     broken = {key: int((~store.finite).sum()) for key, store in stores.items()}
     if any(broken.values()):
         worst = max(broken, key=lambda key: broken[key])

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from scipy.stats import norm, t
+
 from robustlab.core.registry import METRICS
 from robustlab.core.source import Source
 from robustlab.metrics import compute
 from robustlab.metrics.base import Context, Direction, Estimate, MetricValue
-from robustlab.metrics.stats import Proportion, paired_difference, worst_of
+from robustlab.metrics.stats import FEW_CLUSTERS, Proportion, paired_difference, worst_of
 from robustlab.metrics.store import PredictionStore
 from robustlab.report.rows import Row
 
@@ -120,25 +122,35 @@ def worst_rows(
     rows: list[Row] = []
     for metric in WORST_METRICS:
         direction = METRICS.get(metric).direction
-        proportions = [
-            _proportion(condition, stores[condition.key], metric, context)
-            for condition in conditions
-            if condition.key in stores
-        ]
-        if not proportions:
+        present = [condition for condition in conditions if condition.key in stores]
+        found = {c.key: compute(stores[c.key], context, [metric])[0].estimate for c in present}
+        if not any(estimate.effective_n > 0 for estimate in found.values()):
             place = Condition(key=label, kind="corruption", label=label)
-            rows.append(make_row(subject, place, metric, Estimate.undefined("no_conditions"), direction))
+            nothing = next(iter(found.values()), Estimate.undefined("no_conditions"))
+            rows.append(make_row(subject, place, metric, nothing, direction))
             continue
-        key, estimate = worst_of(proportions, direction=direction)
-        chosen = next(condition for condition in conditions if condition.key == key)
+        counts = {key: _corrected_n(estimate, len(found)) for key, estimate in found.items()}
+        proportions = [Proportion(key, found[key].value * count, count) for key, count in counts.items()]
+        key, worst = worst_of(proportions, direction=direction)
+        chosen = next(condition for condition in present if condition.key == key)
+        method = f"{worst.method}; effective n {counts[key]:.4g}"
+        estimate = replace(worst, n=found[key].n, n_units=found[key].n_units, method=method)
         rows.append(make_row(subject, replace(chosen, label=label), metric, estimate, direction, target=key))
     return rows
 
 
-def _proportion(condition: Condition, store: PredictionStore, metric: str, context: Context) -> Proportion:
-    (value,) = compute(store, context, [metric])
-    count = value.estimate.effective_n
-    return Proportion(condition.key, value.estimate.value * count, count)
+def _corrected_n(estimate: Estimate, count: int) -> float:
+    """Return the effective n for an interval at alpha / ``count``.
+
+    Below 30 clusters the effective n holds the factor (z / t)^2 of the 95 % interval; further out in the tails t is
+    further from z.
+    """
+    units = estimate.n_units
+    if units >= FEW_CLUSTERS or units < 2 or estimate.n == units:
+        return estimate.effective_n
+    tails = (0.975, 1 - 0.025 / count)
+    plain, corrected = (float(norm.ppf(tail) / t.ppf(tail, units - 1)) for tail in tails)
+    return estimate.effective_n * (corrected / plain) ** 2
 
 
 def ood_rows(

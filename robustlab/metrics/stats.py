@@ -24,7 +24,7 @@ Bounds = tuple[float, float]
 Decision = Literal["better", "worse", "no decision"]
 Verdict = Literal["breaks", "worse", "holds", "no decision"]
 
-_FEW_CLUSTERS = 30
+FEW_CLUSTERS = 30
 _LOST_SHARE = 0.05
 _UNBOUNDED: Bounds = (-math.inf, math.inf)
 
@@ -88,7 +88,7 @@ def effective_count(hits: Tensor, clusters: Tensor | None, *, confidence: float 
     variance = units / (units - 1) * float((sums * sums).sum()) / n**2
     binomial = share * (1 - share)
     count = min(float(n), binomial / variance) if variance > binomial / n else float(n)
-    if units < _FEW_CLUSTERS:
+    if units < FEW_CLUSTERS:
         tail = (1 + confidence) / 2
         count *= float(norm.ppf(tail) / t.ppf(tail, units - 1)) ** 2
     return count, units

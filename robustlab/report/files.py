@@ -18,7 +18,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from robustlab.core.errors import ConfigError, DataFileError, KindError
+from robustlab.core.errors import ConfigError, DataFileError, KindError, RobustlabError
 from robustlab.core.spec import array_fingerprint
 from robustlab.metrics.store import PredictionStore
 
@@ -159,7 +159,9 @@ def load(folder: Path) -> tuple[tuple[Row, ...], dict[str, Any], dict[str, Predi
         raise DataFileError(
             who, "a folder that Report.save wrote", str(error), "Pass that folder; it holds report.json."
         ) from error
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, RobustlabError):
+            raise
         raise DataFileError(
             who, "whole files", f"{type(error).__name__}: {error}", "The files are damaged: run the evaluation again."
         ) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
 
@@ -182,7 +182,7 @@ def settings(report: Report) -> Mapping[str, Any]:
 def margin(report: Report) -> float:
     """Return the fall in accuracy from which a condition counts as breaking the model."""
     value = settings(report).get("margin")
-    return 0.05 if value is None else float(value)
+    return 0.02 if value is None else float(value)
 
 
 def conditions(report: Report) -> dict[str, Condition]:
@@ -422,7 +422,9 @@ def _fallback_sentence(report: Report, table: Index, silent: Row | None) -> str:
     accuracy, worst = pick(table, "accuracy"), pick(table, "accuracy", "worst plausible")
     parts = []
     if accuracy is not None and defined(accuracy):
-        text = f"The model answers {words.estimate(accuracy)} of the {accuracy.n:,} images rightly on clean data"
+        several = (report.manifest.get("data") or {}).get("task") == "multilabel"
+        what = f"{'label decisions on the ' if several else ''}{accuracy.n:,} images"
+        text = f"The model answers {words.estimate(accuracy)} of the {what} rightly on clean data"
         if worst is not None and defined(worst):
             condition = conditions(report).get(worst.target)
             place = condition.label if condition is not None else worst.target
@@ -447,10 +449,15 @@ def _findings(report: Report) -> Iterable[str]:
     order = ("breaks", "worse", "no decision", "holds")
     found = drops(report)
     by_shift: dict[str, str] = {}
-    for item in found:
-        if item.condition.kind == "corruption" and item.condition.severity <= limit:
-            name = item.condition.shift
-            by_shift[name] = min(by_shift.get(name, "holds"), item.word, key=order.index)
+    likely = [item for item in found if item.condition.kind == "corruption" and item.condition.severity <= limit]
+    # the sentence picks the worst word of many, so its intervals are widened to hold all at once (Bonferroni)
+    scale = NormalDist().inv_cdf(1 - 0.025 / max(len(likely), 1)) / NormalDist().inv_cdf(0.975)
+    for item in likely:
+        row, name = item.drop, item.condition.shift
+        wide = replace(
+            row, low=row.value - scale * (row.value - row.low), high=row.value + scale * (row.high - row.value)
+        )
+        by_shift[name] = min(by_shift.get(name, "holds"), word(wide, margin(report)), key=order.index)
     phrases = {
         "breaks": "Accuracy breaks under {}",
         "worse": "gets worse under {}",

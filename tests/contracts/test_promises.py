@@ -258,7 +258,12 @@ def full(request):
 def test_5_every_number_has_n_and_an_interval(full):
     assert len(full.rows) > 200
     assert {row.group for row in full.rows} == {"", "sex=F", "sex=M"}
-    assert {row.shift for row in full.rows} >= {"clean", "pgd-linf", "worst", "worst plausible"}
+    wanted = {"clean", "worst", "worst plausible"}
+    if full.manifest["data"]["task"] == "multilabel":  # attacks do not aim at frozen thresholds yet, and say so
+        assert any(item["what"] == "pgd-linf" for item in full.manifest["skipped"])
+    else:
+        wanted.add("pgd-linf")
+    assert {row.shift for row in full.rows} >= wanted
     assert {row.data for row in full.rows} >= {"ID vs near/a", "ID vs far/b"}
     for row in full.rows:
         if math.isnan(row.value):
