@@ -175,3 +175,16 @@ def test_frame_has_all_rows(report):
     assert len(frame) == len(report.rows)
     assert frame["value"].dtype == "float64"
     assert frame.loc[0, "n"] == report.rows[0].n
+
+
+def test_budgets_of_different_units_get_charts_of_their_own(tmp_path, report):
+    rows, entries = list(report.rows), list(report.manifest["conditions"])
+    for entry in [entry for entry in entries if entry["shift"] == "pgd-linf"]:
+        entries.append(
+            {**entry, "shift": "pgd-l2", "key": entry["key"].replace("linf", "l2"), "unit": "l2, [0, 1] scale"}
+        )
+    rows += [replace(row, shift="pgd-l2") for row in rows if row.shift == "pgd-linf"]
+    both = replace(report, rows=tuple(rows), manifest={**report.manifest, "conditions": entries})
+    page = both.to_html(tmp_path / "both.html").read_text()
+    assert page.count('<figcaption class="sub">budget:') == 2
+    assert report.to_html(tmp_path / "one.html").read_text().count('<figcaption class="sub">budget:') == 1
