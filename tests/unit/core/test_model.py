@@ -83,6 +83,9 @@ def test_preprocessing_order_is_channels_size_bounds_mean_std():
     model(grey)
     expected = F.interpolate(grey.expand(-1, 3, -1, -1), size=(16, 16), mode="bilinear", antialias=True)
     assert torch.allclose(seen[-1], (expected * 255 - 0.5) / 0.25)
+    wrap(net, size=3, channels=3, output="logits")(rgb := images(4, 3))
+    shrunk = F.interpolate(rgb, size=(3, 3), mode="bilinear", antialias=True)
+    assert torch.allclose(seen[-1], shrunk), "shrinking averages, it does not pick pixels"
     luma = wrap(net, channels=1, output="logits")
     luma(images(4, 3))
     rgb = images(4, 3)
