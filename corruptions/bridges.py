@@ -71,7 +71,7 @@ class FromAlbumentations(Shift):
         transform: An albumentations transform or composition, used at every severity above 0; or a function from
             severity (above 0, at most 5) to one.
         name: Kebab-case name for tables and keys; also stands for the transform in fingerprints. The transform's class
-            name if not given.
+            name if not given; results are then not kept in a cache, which could not tell two such transforms apart.
         version: Raise it when the transform changes: name and version are all that caches can compare.
 
     Raises:
@@ -91,10 +91,15 @@ class FromAlbumentations(Shift):
                 repr(self.transform),
                 "Pass e.g. A.CLAHE(p=1) or lambda severity: A.GaussianBlur(sigma_limit=(severity, severity), p=1).",
             )
+        object.__setattr__(self, "_named", bool(self.name))
         if not self.name:
             kind = getattr(self.transform, "__name__", type(self.transform).__name__).strip("<>")
             kebab = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|_", "-", kind).lower()
             object.__setattr__(self, "name", f"albumentations:{kebab}")
+
+    @property
+    def cacheable(self) -> bool:
+        return bool(getattr(self, "_named", False))
 
     def parameters(self, severity: float) -> Mapping[str, tuple[float, str]]:
         return {"severity": (severity, "severity")}

@@ -30,8 +30,10 @@ _HOMES = {
     "robustlab.core.shift": ("Shift", "ShiftContext"),
     "robustlab.core.source": ("Source",),
     "robustlab.core.types": ("Batch", "ImageSpec", "ModelOutputs"),
-    "robustlab.data": ("load_data", "write_corrupted"),
-    "robustlab.evaluate": ("evaluate_under_shift",),
+    "robustlab.data": ("SavedPredictions", "load_data", "load_predictions", "write_corrupted"),
+    "robustlab.evaluate": ("ModelSpec", "ProcessPool", "evaluate_under_shift"),
+    "robustlab.evaluate.diagnosis": ("Diagnosis", "Finding"),
+    "robustlab.evaluate.doctor": ("doctor",),
     "robustlab.metrics.store": ("PredictionStore",),
     "robustlab.report.compare": ("compare",),
     "robustlab.report.report": ("Report",),
@@ -45,22 +47,29 @@ __all__ = [
     "Corruption",
     "Defense",
     "Detector",
+    "Diagnosis",
+    "Finding",
     "ImageSpec",
     "Levels",
     "Model",
     "ModelOutputs",
+    "ModelSpec",
     "PredictionStore",
+    "ProcessPool",
     "Report",
     "RobustlabError",
     "RobustlabWarning",
     "SampleRng",
+    "SavedPredictions",
     "Shift",
     "ShiftContext",
     "Source",
     "__version__",
     "compare",
+    "doctor",
     "evaluate_under_shift",
     "load_data",
+    "load_predictions",
     "register_attack",
     "register_corruption",
     "register_defense",
@@ -108,9 +117,16 @@ if TYPE_CHECKING:
     from robustlab.core.types import Batch as Batch
     from robustlab.core.types import ImageSpec as ImageSpec
     from robustlab.core.types import ModelOutputs as ModelOutputs
+    from robustlab.data import SavedPredictions as SavedPredictions
     from robustlab.data import load_data as load_data
+    from robustlab.data import load_predictions as load_predictions
     from robustlab.data import write_corrupted as write_corrupted
+    from robustlab.evaluate import ModelSpec as ModelSpec
+    from robustlab.evaluate import ProcessPool as ProcessPool
     from robustlab.evaluate import evaluate_under_shift as evaluate_under_shift
+    from robustlab.evaluate.diagnosis import Diagnosis as Diagnosis
+    from robustlab.evaluate.diagnosis import Finding as Finding
+    from robustlab.evaluate.doctor import doctor as doctor
     from robustlab.metrics.store import PredictionStore as PredictionStore
     from robustlab.report.compare import compare as compare
     from robustlab.report.report import Report as Report

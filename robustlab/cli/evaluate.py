@@ -10,7 +10,12 @@ import typer
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="timm:NAME, file.py:function, or a .pt, .ts or .pt2 file.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="timm:NAME, file.py:function, a .pt, .ts or .pt2 file, or saved predictions (.jsonl, .npz, .parquet)."
+        ),
+    ],
     data: Annotated[str, typer.Argument(help="NPZ file (MedMNIST layout), image folder, or medmnist:NAME.")],
     out: Annotated[Path, typer.Option(help="Folder for report.json, rows.csv, predictions and report.html.")],
     weights: Annotated[Path | None, typer.Option(help="safetensors file or weights-only state dict.")] = None,
@@ -39,20 +44,28 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,
     batch_size: Annotated[int | None, typer.Option(help="Samples of a forward pass; automatic if not given.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder that keeps the model's answers between runs; OUT if not given.")
+    ] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no answers; a stopped run starts over.")] = False,
+    workers: Annotated[
+        str | None, typer.Option(help="Number of processes, or 'cuda' for one a GPU; this process if not given.")
+    ] = None,
     gallery: Annotated[bool, typer.Option(help="Put example pictures into the report.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON instead of the summary.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Print conditions and forward passes, run nothing.")] = False,
 ) -> None:
     """Evaluate a model under shifts, attacks and foreign inputs; write a report.
 
+    Run again after an interruption, it goes on where it stood. Exit code 3: something failed and is listed; run again.
+
     Example: robustlab evaluate timm:resnet18 data.npz --arg num_classes=2 --weights w.safetensors --out runs/a
     """
-    from robustlab import evaluate_under_shift, load_data, wrap
+    from robustlab import evaluate_under_shift, load_data
     from robustlab.core.errors import ConfigError
     from robustlab.core.registry import ATTACKS
 
-    from .models import load_model
-    from .parse import parse_attack, parse_pairs, parse_severities
+    from .parse import parse_attack, parse_model, parse_pairs, parse_severities, parse_workers
 
     source = load_data(data, split=split)
     names = [part for part in shifts.split(",") if part and part != "none"]
@@ -73,33 +86,38 @@ def evaluate(
             f"--task {task} --output {output}",
             "Check the spelling.",
         )
-    wrapped = wrap(
-        load_model(model, weights=weights, arguments=parse_pairs(arg or [], "--arg")),
-        task=task or source.info.task,  # type: ignore[arg-type]  # checked above
-        output=output,  # type: ignore[arg-type]  # checked above
+    subject = parse_model(
+        model,
+        weights=weights,
+        arguments=arg or [],
+        task=task or source.info.task,
+        output=output,
         mean=_floats(mean),
         std=_floats(std),
         size=size,
         name=name,
     )
-    report = evaluate_under_shift(
-        wrapped,
-        source,
-        val=_validation(val, data),
-        shifts=names,
-        severities=levels,
-        attacks=chosen,
-        ood={key: load_data(path) for key, path in foreign.items()},
-        detectors=[part for part in detectors.split(",") if part],
-        metrics=metrics if metrics in ("default", "all") else metrics.split(","),
-        groups=[part for part in groups.split(",") if part],
-        cluster=cluster,
-        referral=referral,
-        seed=seed,
-        batch_size=batch_size,
-        device=device,
-        gallery=gallery,
-    )
+    with parse_workers(workers) as executor:
+        report = evaluate_under_shift(
+            subject,
+            source,
+            val=_validation(val, data),
+            shifts=names,
+            severities=levels,
+            attacks=chosen,
+            ood={key: load_data(path) for key, path in foreign.items()},
+            detectors=[part for part in detectors.split(",") if part],
+            metrics=metrics if metrics in ("default", "all") else metrics.split(","),
+            groups=[part for part in groups.split(",") if part],
+            cluster=cluster,
+            referral=referral,
+            seed=seed,
+            batch_size=batch_size,
+            device=device,
+            cache=None if no_cache else cache or out,
+            executor=executor,
+            gallery=gallery,
+        )
     report.save(out)
     page = report.to_html(out / "report.html")
     if as_json:

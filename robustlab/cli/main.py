@@ -10,7 +10,7 @@ import typer
 from robustlab import __version__
 from robustlab.core.errors import RobustlabError
 
-from . import corrupt, demo, evaluate, listing
+from . import corrupt, demo, doctor, evaluate, listing
 
 app = typer.Typer(
     name="robustlab",
@@ -22,6 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("demo")(demo.demo)
+app.command("doctor")(doctor.doctor)
 app.command("evaluate")(evaluate.evaluate)
 app.command("corrupt")(corrupt.corrupt)
 app.command("list")(listing.list_)

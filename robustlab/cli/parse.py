@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from robustlab.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from robustlab.evaluate import ProcessPool
+
+PREDICTIONS = (".jsonl", ".npz", ".parquet")
 
 
 def parse_severities(text: str) -> tuple[float, ...]:
@@ -57,3 +66,59 @@ def parse_attack(text: str) -> tuple[str, str, tuple[float, ...]]:
             repr(text),
             "Budgets are on the [0, 1] scale.",
         ) from None
+
+
+def parse_arguments(items: list[str]) -> dict[str, Any]:
+    """Parse repeated ``--arg name=value`` options; values are read as JSON where possible, else as text.
+
+    Raises:
+        ConfigError: No equals sign, or a name twice.
+    """
+
+    def value(text: str) -> Any:
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            return text
+
+    return {name: value(text) for name, text in parse_pairs(items, "--arg").items()}
+
+
+def parse_model(model: str, *, weights: Path | None, arguments: list[str], **declared: Any) -> Any:
+    """Return what MODEL names: a specification with what was declared, or saved predictions.
+
+    Raises:
+        ConfigError: Saved predictions with options that only a network has.
+    """
+    from robustlab import load_predictions
+    from robustlab.evaluate import ModelSpec
+
+    if Path(model).suffix.lower() not in PREDICTIONS:
+        return ModelSpec(model, weights=weights, arguments=parse_arguments(arguments), **declared)
+    odd = [f"--{key}" for key in ("mean", "std", "size") if declared.get(key) is not None]
+    odd += [name for name, value in (("--weights", weights), ("--arg", arguments)) if value]
+    if odd:
+        raise ConfigError(
+            f"predictions {model!r}",
+            "only --task, --output and --name beside saved predictions",
+            ", ".join(odd),
+            "Drop them.",
+        )
+    return load_predictions(model, **{key: declared.get(key) for key in ("task", "output", "name")})
+
+
+def parse_workers(text: str | None) -> AbstractContextManager[ProcessPool | None]:
+    """Return the pool that ``--workers`` asks for, or none.
+
+    Raises:
+        ConfigError: Neither a number nor ``cuda``.
+    """
+    from robustlab.evaluate import ProcessPool
+
+    if text is None:
+        return nullcontext()
+    if text == "cuda":
+        return ProcessPool(devices="cuda")
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError("--workers", "a number of processes, or 'cuda' for one a GPU", repr(text), "For example 4.")
+    return ProcessPool(int(text))

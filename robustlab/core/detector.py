@@ -42,6 +42,8 @@ class Detector(ABC):
 
     def skip_reason(self, model: Model) -> str | None:
         """Return why the score is undefined for this model, or None."""
+        if model.answers_only:
+            return "answers_only"
         if Needs.OFFSET in self.needs and not model.has_offset:
             return "needs logits: the offset of the logits is lost in probabilities"
         unmet = sorted(need.value for need in self.needs - {Needs.LOGITS, Needs.OFFSET})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import ConfigError, KindError, ModelError, RangeError, RobustlabWarning, ShapeError
+from .logits import to_logits
+from .shift import luma
 from .spec import array_fingerprint
 from .types import OUTPUTS, TASKS, Batch, ModelOutputs, OutputKind, Task
 
 logger = logging.getLogger("robustlab")
-
-_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,9 @@ class Model(ABC):
         num_classes: Classes, or labels for multi-label.
         class_names: Names of the classes, or None.
         has_offset: Logits keep their offset, as energy scores need (false when the network returns probabilities).
+        answers_only: Only the answers are known, without probabilities: logits are 0 and 1 and say nothing else.
         model_name: Name used in reports.
+        model_id: What the user calls this version of the model; stands for a function's code and weights in caches.
     """
 
     name: ClassVar[str] = ""
@@ -56,7 +57,9 @@ class Model(ABC):
     num_classes: int
     class_names: tuple[str, ...] | None = None
     has_offset: bool = True
+    answers_only: bool = False
     model_name: str = "model"
+    model_id: str | None = None
 
     @abstractmethod
     def outputs(self, batch: Batch) -> ModelOutputs:
@@ -150,10 +153,11 @@ class WrappedModel(Model):
         bounds: tuple[float, float],
         class_names: tuple[str, ...] | None,
         model_name: str,
+        model_id: str | None,
     ) -> None:
         self.net = net
         self._task: Task | None = task
-        self._output = output
+        self._output: OutputKind | None = output
         self._classes = num_classes
         self.mean = mean
         self.std = std
@@ -162,6 +166,7 @@ class WrappedModel(Model):
         self.bounds = bounds
         self.class_names = class_names
         self.model_name = model_name
+        self.model_id = model_id
         self.has_offset = output in (None, "logits")
         self.assumed_normalisation = False
         self._checked = output is not None
@@ -205,8 +210,7 @@ class WrappedModel(Model):
             if have == 1:
                 images = images.expand(-1, self.channels, -1, -1)
             elif self.channels == 1 and have == 3:
-                weights = torch.tensor([0.299, 0.587, 0.114], dtype=images.dtype, device=images.device)
-                images = (images * weights.view(1, 3, 1, 1)).sum(1, keepdim=True)
+                images = luma(images)
             else:
                 raise ShapeError(
                     self.model_name,
@@ -249,24 +253,8 @@ class WrappedModel(Model):
         raw = raw.to(torch.float32)
         if not self._checked:
             self._refuse_probabilities(raw)
-        single = raw.shape[1] == 1 and self.task != "multilabel"
-        if self._output == "probs":
-            self._check_declared(raw, -1e-6, 1 + 1e-6, "probabilities in [0, 1]")
-            # rounding may leave 1 + 1e-7, whose complement has no logarithm
-            raw = torch.where(torch.isinf(raw), torch.nan, raw.clamp_max(1.0))
-            log_p = raw.clamp_min(_TINY).log()
-            logits = log_p - torch.log1p(-raw).clamp_min(-100.0) if single or self.task == "multilabel" else log_p
-        elif self._output == "log_probs":
-            self._check_declared(raw, -torch.inf, 1e-4, "log-probabilities, at most 0")
-            # a probability of 0 is an answer, and no broken output
-            log_p = torch.where(raw == -torch.inf, math.log(_TINY), raw)
-            log_p = torch.where(log_p == torch.inf, torch.nan, log_p.clamp_max(0.0))
-            log_q = torch.log1p(-log_p.exp()).clamp_min(-100.0)
-            logits = log_p - log_q if single or self.task == "multilabel" else log_p
-        else:
-            logits = raw
-        if single:
-            logits = torch.cat([torch.zeros_like(logits), logits], dim=1)
+        kind: OutputKind = "logits" if self._output is None else self._output
+        logits = to_logits(raw, kind, self.task, self.model_name)
         if self._classes is None:
             self._classes = logits.shape[1]
         elif self._classes != logits.shape[1]:
@@ -277,19 +265,6 @@ class WrappedModel(Model):
                 "Correct num_classes, or the network's last layer.",
             )
         return logits
-
-    def _check_declared(self, raw: Tensor, low: float, high: float, expected: str) -> None:
-        """Stop when finite outputs leave the range of the declared kind; others count as errors of the model."""
-        values = raw.detach()
-        finite = torch.isfinite(values)
-        if bool((finite & ((values < low) | (values > high))).any()):
-            found = values[finite]
-            raise ModelError(
-                self.model_name,
-                expected,
-                f"values from {found.min().item():.3g} to {found.max().item():.3g}",
-                "Declare output='logits'.",
-            )
 
     def _refuse_probabilities(self, raw: Tensor) -> None:
         """Stop when undeclared outputs look like probabilities: guessing silently would change every score."""
@@ -343,6 +318,7 @@ def wrap(
     bounds: tuple[float, float] = (0.0, 1.0),
     class_names: Sequence[str] | None = None,
     name: str | None = None,
+    model_id: str | None = None,
 ) -> Model:
     """Declare what a network expects and returns.
 
@@ -362,6 +338,8 @@ def wrap(
         bounds: Values of 0 and 1 before mean and std, e.g. (0, 255).
         class_names: Names of the outputs.
         name: Name in reports.
+        model_id: Name of this version of the model, for caches. A module is known by its parameters and code; a
+            function's answers are kept in a cache only under a ``model_id``, which must change when its answers do.
 
     Raises:
         KindError: ``net`` is not callable.
@@ -409,6 +387,7 @@ def wrap(
         bounds=(float(bounds[0]), float(bounds[1])),
         class_names=None if class_names is None else tuple(class_names),
         model_name=name or type(net).__name__,
+        model_id=model_id,
     )
     model.assumed_normalisation = assumed
     logger.info("wrap: %s", dict(model.settings()))

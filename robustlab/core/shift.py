@@ -90,6 +90,11 @@ class Shift(ABC):
         """Short name for tables."""
         return self.name
 
+    @property
+    def cacheable(self) -> bool:
+        """Name, version and fields say all there is to know, so results may be kept between runs."""
+        return True
+
     @final
     def on(self, batch: Batch, severity: float, ctx: ShiftContext) -> Batch:
         """Return the batch at ``severity`` (0 to 5); 0 returns it unchanged, bit for bit."""
@@ -130,3 +135,9 @@ def quantize(images: Tensor, spec: ImageSpec | None) -> Tensor:
     # a tensor, since CUDA would multiply by the reciprocal of a Python number and miss the stored value by a digit
     top = torch.full((), float((1 << spec.bits) - 1), device=images.device)
     return torch.round(images.to(torch.float32) * top).div_(top)
+
+
+def luma(images: Tensor) -> Tensor:
+    """Return the ITU-R BT.601 luma (N, 1, H, W) of RGB images."""
+    weights = torch.tensor([0.299, 0.587, 0.114], dtype=images.dtype, device=images.device)
+    return (images * weights.view(1, 3, 1, 1)).sum(1, keepdim=True)

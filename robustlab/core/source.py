@@ -47,10 +47,18 @@ class SourceInfo:
 
 
 class Source(ABC):
-    """Samples that can be read in any order; ids, labels and group columns travel with them."""
+    """Samples that can be read in any order; ids, labels and group columns travel with them.
+
+    Attributes:
+        info: What is known of the samples.
+        in_memory: Reading is copying: nothing is decoded.
+        thread_safe: ``pixels`` may run in another thread while a model runs in this one, because it neither reads nor
+            changes global random state; what is read next is then decoded while the model works.
+    """
 
     info: SourceInfo
     in_memory: bool = False
+    thread_safe: bool = False
 
     @abstractmethod
     def pixels(self, index: Sequence[int]) -> Tensor:
@@ -104,6 +112,24 @@ class Source(ABC):
             self._fingerprint = stored
         return stored
 
+    def content_fingerprint(self) -> str:
+        """Return a hash of what decides a prediction: ids, the meaning of the pixels, and the pixels.
+
+        Labels, names and group columns have no part in it. Of sources that decode when read, 64 samples and
+        ``state`` stand for all pixels.
+        """
+        stored: str | None = getattr(self, "_content", None)
+        if stored is None:
+            facts = repr((self.info.spec, self.state())).encode()
+            head = [("ids", self.info.ids), ("facts", torch.tensor(list(facts), dtype=torch.uint8))]
+            stored = array_fingerprint([*head, *self._hashed_pixels()])
+            self._content = stored
+        return stored
+
+    def state(self) -> str:
+        """Return what else tells, without decoding, that stored images have changed, e.g. sizes and dates of files."""
+        return ""
+
     def _hashed_pixels(self) -> Iterator[tuple[str, Tensor]]:
         """Iterate over all pixels where they are in memory, else over up to 64 samples, evenly spread."""
         count = len(self)
@@ -112,4 +138,16 @@ class Source(ABC):
         else:
             rows = sorted({i * (count - 1) // 63 for i in range(64)}) if count > 1 else [0]
         for start in range(0, len(rows), 256):
-            yield "pixels", self.pixels(rows[start : start + 256])
+            part = rows[start : start + 256]
+            try:
+                yield "pixels", self.pixels(part)
+            except OSError:
+                yield from self._readable_pixels(part)
+
+    def _readable_pixels(self, rows: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
+        """Iterate over the pixels of samples one by one; what cannot be read is named by its position."""
+        for row in rows:
+            try:
+                yield "pixels", self.pixels([row])
+            except OSError:
+                yield "unreadable", torch.tensor([row])

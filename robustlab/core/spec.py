@@ -105,7 +105,7 @@ def array_fingerprint(arrays: Iterable[tuple[str, Tensor | np.ndarray[Any, Any]]
         tensor = array.detach().cpu().contiguous() if isinstance(array, Tensor) else np.ascontiguousarray(array)
         digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
         if isinstance(tensor, Tensor):
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
         else:
             digest.update(tensor.tobytes())
     return digest.hexdigest()

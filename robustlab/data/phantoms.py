@@ -10,6 +10,7 @@ whatever the count.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -63,17 +64,20 @@ class _Phantom(Source):
     Pictures are made in blocks of fixed size and place, so that no sample depends on how many are asked for.
     """
 
-    def __init__(self, info: SourceInfo, samples: Samples, render: Callable[[Samples], Tensor]) -> None:
+    def __init__(self, info: SourceInfo, samples: Samples) -> None:
         self.info = info
         self._samples = samples
-        self._render = render
         self._done: set[int] = set()
         self._images = torch.zeros((len(samples.theta), info.spec.channels, *info.spec.size), dtype=torch.uint8)
+
+    @abstractmethod
+    def render(self, samples: Samples) -> Tensor:
+        """Return pictures (N, C, H, W) in [0, 1]."""
 
     def pixels(self, index: Sequence[int]) -> Tensor:
         for block in sorted({i // _BLOCK for i in index} - self._done):
             rows = torch.arange(block * _BLOCK, (block + 1) * _BLOCK)
-            self._images[rows] = torch.round(self._render(self._samples.select(rows)).mul_(255)).to(torch.uint8)
+            self._images[rows] = torch.round(self.render(self._samples.select(rows)).mul_(255)).to(torch.uint8)
             self._done.add(block)
         return Scale(0.0, 255.0).to_unit(self._images[torch.as_tensor(list(index), dtype=torch.int64)].numpy())
 
@@ -99,7 +103,10 @@ class HistologyPhantom(_Phantom):
         weights = (0.66, 0.6, 0.45)
         setup = _Setup(count, seed, size, split, weights, 3, "histology", ("benign", "malignant"))
         info, samples = _describe("phantom-histology", setup)
-        super().__init__(info, samples, lambda part: render_histology(part.rng, part.theta, size))
+        super().__init__(info, samples)
+
+    def render(self, samples: Samples) -> Tensor:
+        return render_histology(samples.rng, samples.theta, self.info.spec.size[0])
 
 
 class RadiographPhantom(_Phantom):
@@ -134,7 +141,10 @@ class RadiographPhantom(_Phantom):
         setup = _Setup(count, seed, size, split, (0.78, 0.62), 1, "xray", ("normal", "finding"))
         setup = replace(setup, marker=(marker_without, marker_with_label))
         info, samples = _describe("phantom-radiograph", setup)
-        super().__init__(info, samples, lambda part: render_radiograph(part.rng, part.theta, part.marker, size))
+        super().__init__(info, samples)
+
+    def render(self, samples: Samples) -> Tensor:
+        return render_radiograph(samples.rng, samples.theta, samples.marker, self.info.spec.size[0])
 
 
 @dataclass(frozen=True)

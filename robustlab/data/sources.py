@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,7 @@ class ArraySource(Source):
     """
 
     in_memory = True
+    thread_safe = True
 
     def __init__(self, info: SourceInfo, images: Array, scale: Scale) -> None:
         self.info = info
@@ -46,10 +48,19 @@ class FolderSource(Source):
         scale: Map to [0, 1].
     """
 
+    thread_safe = True
+
     def __init__(self, info: SourceInfo, files: Sequence[Path], scale: Scale) -> None:
         self.info = info
         self.files = tuple(files)
         self.scale = scale
+
+    def state(self) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        for file in self.files:
+            facts = file.stat()
+            digest.update(f"{facts.st_size} {facts.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
 
     def pixels(self, index: Sequence[int]) -> Tensor:
         images = [read_image(self.files[i]) for i in index]
@@ -79,6 +90,7 @@ class SubsetSource(Source):
         info = source.info
         self.source = source
         self.in_memory = source.in_memory
+        self.thread_safe = source.thread_safe
         self.rows = rows.tolist()
         self.info = dataclasses.replace(
             info,
@@ -90,6 +102,9 @@ class SubsetSource(Source):
 
     def pixels(self, index: Sequence[int]) -> Tensor:
         return self.source.pixels([self.rows[i] for i in index])
+
+    def state(self) -> str:
+        return self.source.state()
 
 
 def subset(source: Source, rows: Sequence[int] | Tensor) -> Source:

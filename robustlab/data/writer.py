@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +35,17 @@ class _Condition:
     shift: Shift
     severity: float
     path: Path
+    label: str
+
+    @property
+    def key(self) -> str:
+        """The condition as the evaluation and files of saved predictions call it."""
+        return f"{self.label}@{self.severity:g}" if self.severity else "clean"
 
     def entry(self) -> dict[str, Any]:
         values = self.shift.parameters(self.severity)
         return {
+            "condition": self.key,
             "shift": self.shift.label,
             "config": _config(self.shift),
             "severity": self.severity,
@@ -61,8 +69,10 @@ def write_corrupted(
 
     Each condition becomes ``LABEL_sSEVERITY.npz`` in MedMNIST layout (test_images, test_labels, test_ids, group
     columns) or a folder ``LABEL_sSEVERITY/CLASS/ID.png``; ``manifest.json`` holds seed, configurations, physical
-    parameters, checksums and what was skipped. Files appear only when complete. Called again with the same arguments,
-    finished conditions whose checksum is right are kept; the final files do not depend on interruptions.
+    parameters, checksums, what was skipped, and for each file the name of its condition in an evaluation, under which a
+    file of saved predictions lists the answers (see ``load_predictions``). Files appear only when complete. Called
+    again with the same arguments, finished conditions whose checksum is right are kept; the final files do not depend
+    on interruptions.
 
     Args:
         source: Clean samples.
@@ -137,13 +147,18 @@ def _check_request(
 def _plan(shifts: Sequence[Shift], severities: Sequence[float], folder: Path, format: Format) -> list[_Condition]:
     """Give every condition a file name; shifts that share a label are numbered."""
     seen: dict[str, int] = {}
+    labels: Counter[str] = Counter()
     plan: list[_Condition] = []
     for shift in shifts:
+        labels[shift.label] += 1
+        label = shift.label if labels[shift.label] == 1 else f"{shift.label}#{labels[shift.label]}"
         slug = re.sub(r"[^A-Za-z0-9.+-]+", "-", shift.label).strip("-.") or "shift"
         seen[slug] = seen.get(slug, 0) + 1
         stem = slug if seen[slug] == 1 else f"{slug}_{seen[slug]}"
         suffix = ".npz" if format == "npz" else ""
-        plan.extend(_Condition(shift, severity, folder / f"{stem}_s{severity:g}{suffix}") for severity in severities)
+        plan.extend(
+            _Condition(shift, severity, folder / f"{stem}_s{severity:g}{suffix}", label) for severity in severities
+        )
     return plan
 
 
@@ -200,7 +215,7 @@ def _finished(folder: Path, head: dict[str, Any], plan: Sequence[_Condition]) ->
     for condition in plan:
         entry = entries.get(condition.path.name)
         if entry is not None and checksum(condition.path) == entry["blake2b"]:
-            kept[condition.path.name] = entry
+            kept[condition.path.name] = {**condition.entry(), "blake2b": entry["blake2b"]}
     return kept
 
 

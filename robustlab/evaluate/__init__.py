@@ -1,5 +1,7 @@
 """The evaluation loop."""
 
 from .api import evaluate_under_shift
+from .executors import ProcessPool
+from .modelspec import ModelSpec
 
-__all__ = ["evaluate_under_shift"]
+__all__ = ["ModelSpec", "ProcessPool", "evaluate_under_shift"]

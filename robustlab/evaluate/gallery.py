@@ -13,6 +13,7 @@ from robustlab.core.attack import Attack
 from robustlab.core.model import Model
 from robustlab.core.shift import ShiftContext, quantize
 from robustlab.core.source import Source
+from robustlab.metrics.store import PredictionStore
 from robustlab.report.report import Picture
 
 from .plan import CLEAN, Plan
@@ -21,32 +22,39 @@ EDGE = 128
 
 
 def make_gallery(
-    source: Source, plan: Plan, model: Model, seed: int, failures: Mapping[str, str]
+    source: Source, plan: Plan, model: Model, seed: int, stores: Mapping[str, PredictionStore]
 ) -> tuple[Picture, ...]:
-    """Return one sample, clean and under every condition, with the model's answer below."""
+    """Return one sample, clean and under every condition that was run, with the model's answer below."""
     labels = source.info.labels
     row = 0
     if labels is not None and labels.ndim == 1 and bool((labels == labels.max()).any()):
         row = int((labels == labels.max()).nonzero()[0])
+    place = (stores[CLEAN.key].ids == source.info.ids[row]).nonzero()
+    if len(place) == 0:  # the sample could not be evaluated
+        return ()
+    at = int(place[0])
     batch = source.read([row, row]).to(model.device)
     truth = "" if labels is None or labels.ndim != 1 else f" (truth: {_name(model, source, int(labels[row]))})"
-    pictures = [Picture(CLEAN.label, 0.0, encode_png(batch.images[0]), _caption(model, batch.images, source) + truth)]
+
+    def answer(key: str) -> str:
+        return _caption(model, stores[key].logits[at], source)
+
+    pictures = [Picture(CLEAN.label, 0.0, encode_png(batch.images[0]), answer(CLEAN.key) + truth)]
     ctx = ShiftContext(seed=seed, spec=source.info.spec, model=model)
     for sweep in plan.sweeps:
         if isinstance(sweep.shift, Attack) and batch.labels is None:
             continue
-        if sweep.conditions[0].label in failures:
+        if sweep.conditions[0].key not in stores:
             continue
         draws = sweep.shift.prepare(batch, ctx)
         for condition in sweep.conditions:
             images = quantize(sweep.shift.perform(batch, draws, condition.severity, ctx).images, ctx.spec)
-            caption = _caption(model, images, source)
-            pictures.append(Picture(condition.label, condition.severity, encode_png(images[0]), caption))
+            png = encode_png(images[0])
+            pictures.append(Picture(condition.label, condition.severity, png, answer(condition.key)))
     return tuple(pictures)
 
 
-def _caption(model: Model, images: Tensor, source: Source) -> str:
-    logits = model(images).logits[0]
+def _caption(model: Model, logits: Tensor, source: Source) -> str:
     if model.task == "multilabel":
         return f"{int((logits > 0).sum())} findings"
     probability, answer = torch.softmax(logits.double(), 0).max(0)

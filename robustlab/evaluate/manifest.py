@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +20,7 @@ from robustlab.core.source import Source
 from robustlab.metrics.base import Frozen
 from robustlab.metrics.store import PredictionStore
 
+from .diagnosis import Diagnosis
 from .plan import Plan, describe
 from .run import clusters_of
 
@@ -30,6 +31,8 @@ def make_manifest(
     *,
     model: Model,
     capabilities: Capabilities,
+    diagnosis: Diagnosis,
+    notes: Sequence[str],
     source: Source,
     val: Source | None,
     ood: Mapping[str, Source],
@@ -38,7 +41,7 @@ def make_manifest(
     stores: Mapping[str, PredictionStore],
     frozen: Frozen,
     cluster: str | None,
-    chunk: int,
+    chunk: int | None,
     seed: int,
     started: float,
     settings: Mapping[str, Any],
@@ -62,12 +65,14 @@ def make_manifest(
             "capabilities": asdict(capabilities),
         },
         "data": describe_source(source, cluster),
-        "val": None if val is None else describe_source(val, cluster),
+        "val": None if val is None else describe_source(val, cluster if cluster in val.info.groups else None),
         "ood": {name: describe_source(foreign, None) for name, foreign in ood.items()},
         "conditions": _conditions(plan),
         "skipped": [{"what": what, "why": why} for what, why in plan.skipped],
         "failures": [{"condition": name, "error": text} for name, text in failures.items()],
+        "doctor": diagnosis.to_dict(),
         "not_tested": [
+            *notes,
             *warnings_of(model, capabilities, source, val, stores),
             *not_tested(plan, val, ood, cluster, settings, failures),
         ],
@@ -194,7 +199,8 @@ def warnings_of(
         )
     if not capabilities.batch_independent or getattr(model, "order_dependent", False):
         out.append("Single images: an answer depends on the images beside it, so all numbers hold for this order only.")
-    broken = {key: int((~store.finite).sum()) for key, store in stores.items()}
+    numbers = {key: store for key, store in stores.items() if not store.answers_only}
+    broken = {key: int((~store.finite).sum()) for key, store in numbers.items()}
     if any(broken.values()):
         worst = max(broken, key=lambda key: broken[key])
         out.append(

@@ -1,36 +1,46 @@
-"""The loop: read a chunk once, draw once a shift, apply at each severity, one forward pass a condition."""
+"""The loop: what the cache holds is read, the rest is run here or by an executor, and becomes one store a condition."""
 
 from __future__ import annotations
 
 import logging
+import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from robustlab.core.detector import Detector
-from robustlab.core.errors import ConfigError
+from robustlab.core.errors import ModelError, RobustlabWarning
 from robustlab.core.model import Model
-from robustlab.core.shift import ShiftContext, quantize
 from robustlab.core.source import Source
-from robustlab.core.types import Batch, ImageSpec, ModelOutputs
+from robustlab.core.types import ModelOutputs
 from robustlab.metrics.store import PredictionStore
 
-from .plan import CLEAN, Plan
+from .cache import Answers
+from .executors import Crew
+from .units import Job, Unit, UnitResult, is_out_of_memory, run_units, wanted_units
 
 logger = logging.getLogger("robustlab")
+
+MEMORY_BYTES = 1 << 30
+"""Predictions beyond this size lie in a file that is mapped into memory."""
+
+_ROWS = 1 << 16  # rows a detector scores at once
 
 
 class Bar(Protocol):
     """What is used of a progress bar."""
 
-    def update(self) -> object:
-        """Move by one."""
+    def update(self, n: float = 1) -> object:
+        """Move by ``n``."""
         ...
 
 
@@ -41,30 +51,266 @@ def progress_bar(total: int, show: bool) -> Iterator[Bar]:
         yield bar
 
 
-@dataclass(eq=False)
-class _Answers:
-    """Outputs of one condition, chunk by chunk, on the model's device until the end."""
-
-    logits: list[Tensor] = field(default_factory=list)
-    scores: dict[str, list[Tensor]] = field(default_factory=dict)
-
-    def add(self, outputs: ModelOutputs, scores: Mapping[str, Tensor]) -> None:
-        self.logits.append(outputs.logits)
-        for name, values in scores.items():
-            self.scores.setdefault(name, []).append(values)
-
-
 @dataclass(frozen=True, eq=False)
 class Pass:
     """Predictions of one source under all its conditions.
 
     Args:
         stores: Condition key to predictions; failed conditions are missing.
-        failures: Condition label to the error text.
+        failures: Condition label, or a range of samples, to the error text.
     """
 
     stores: Mapping[str, PredictionStore]
     failures: Mapping[str, str]
+
+
+class ChunkTooLargeError(MemoryError):
+    """A forward pass did not fit into memory, here or in a worker."""
+
+
+class Arena:
+    """Arrays for predictions: in memory up to a budget, beyond it in files without a name that vanish by themselves.
+
+    Args:
+        folder: Where the files lie; the system's place for temporary files if None.
+        budget: Bytes kept in memory.
+    """
+
+    def __init__(self, folder: Path | None = None, budget: int = MEMORY_BYTES) -> None:
+        self.folder = folder
+        self.left = budget
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return a new array with any content."""
+        size = prod(shape) * dtype.itemsize
+        if size <= self.left or size == 0:
+            self.left -= size
+            return torch.empty(shape, dtype=dtype)
+        with tempfile.TemporaryFile(dir=self.folder) as file:
+            _reserve(file.fileno(), size)
+            raw = np.memmap(file, dtype=np.uint8, mode="r+", shape=(size,))
+        return torch.from_numpy(raw).view(dtype).reshape(shape)
+
+
+def _reserve(file: int, size: int) -> None:
+    """Claim the space now: a full disk is an error here, but would kill the process at a later write to the map."""
+    import os
+
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+    else:
+        os.truncate(file, size)
+
+
+class _Table:
+    """The answers of one job, put in their rows as they come."""
+
+    def __init__(self, job: Job, arena: Arena, bar: Bar | None) -> None:
+        self.job = job
+        self.arena = arena
+        self.bar = bar
+        self.logits: dict[str, Tensor] = {}
+        self.scores: dict[str, dict[str, Tensor]] = {}
+        self.broken: dict[str, tuple[int, str]] = {}
+        self.lost: dict[int, str] = {}
+        self.unkept = ""
+
+    def put(self, key: str, start: int, answers: Answers) -> None:
+        """Put the answers of one shard in place."""
+        stop = start + len(answers)
+        if key not in self.logits:
+            shape = (len(self.job.source), answers.logits.shape[1])
+            self.logits[key] = self.arena.empty(shape, torch.float32)
+            self.scores[key] = {}
+        self.logits[key][start:stop] = answers.logits
+        for name, values in answers.scores.items():
+            if name not in self.scores[key]:
+                self.scores[key][name] = self.arena.empty((len(self.job.source),), values.dtype)
+            self.scores[key][name][start:stop] = values
+
+    def take(self, result: UnitResult) -> None:
+        """Put the result of a unit in place, or note what went wrong.
+
+        Raises:
+            ChunkTooLargeError: The unit did not fit into memory.
+        """
+        if result.out_of_memory:
+            raise ChunkTooLargeError(result.error)
+        for key, answers in result.answers.items():
+            self.put(key, result.start, answers)
+        for label, text in result.broken.items():
+            # every process may meet a shift's error in another unit: the first one in the data is told
+            self.broken[label] = min(self.broken.get(label, (result.start, text)), (result.start, text))
+        if result.error:
+            self.lost[result.start] = result.error
+        if result.unkept and not self.unkept:
+            self.unkept = result.unkept
+            warnings.warn(
+                f"cache: answers can no longer be kept ({result.unkept}); the evaluation goes on, and what was kept "
+                "stays good. Free some space before the next run.",
+                RobustlabWarning,
+                stacklevel=2,
+            )
+
+    def rest(self, unit: Unit) -> Unit | None:
+        """Read what the cache holds of a unit; return what is still to be run, or None."""
+        shelf = self.job.shelf
+        left = []
+        for key in unit.wanted:
+            found = None if shelf is None else shelf.read(key, unit.start, self.job.count(unit.start))
+            if found is None:
+                left.append(key)
+            else:
+                self.put(key, unit.start, found)
+                self.tick()
+        return Unit(unit.start, tuple(left)) if left else None
+
+    def tick(self) -> None:
+        """Move the progress bar by one forward pass."""
+        if self.bar is not None:
+            self.bar.update()
+
+
+def predict_source(
+    model: Model,
+    job: Job,
+    *,
+    detectors: Mapping[str, Detector],
+    cluster: str | None,
+    arena: Arena,
+    elsewhere: tuple[Crew, Callable[[], bytes]] | None = None,
+    bar: Bar | None = None,
+) -> Pass:
+    """Run a model over a source under every condition of a plan.
+
+    Args:
+        model: The model, on its device.
+        job: What is run.
+        detectors: Scorer name to detector.
+        cluster: Group column of the resampling unit.
+        arena: Where predictions lie.
+        elsewhere: The crew that runs the job, and what packs the job for it; None to run it here.
+        bar: Progress bar, moved by one a forward pass.
+
+    Raises:
+        ChunkTooLargeError: A forward pass did not fit into memory.
+        ModelError: Every unit failed.
+    """
+    table = _Table(job, arena, bar)
+    units = _from_cache(job, table)
+    if elsewhere is not None and units:
+        crew, packed = elsewhere
+
+        def take(result: UnitResult) -> None:
+            for _ in result.answers:
+                table.tick()
+            table.take(result)
+
+        crew.run(packed(), units, take, table.rest)
+    else:
+        run_units(job, model, units, table.take, table.tick)
+    if len(table.lost) == len(job.starts()):
+        first = min(table.lost)
+        raise ModelError(
+            f"model {model.model_name!r} on {job.source.info.name!r}",
+            "at least one chunk of images that can be evaluated",
+            table.lost[first],
+            "No images could be evaluated; the error is that of the first ones.",
+        )
+    return _stores(table, model, detectors, cluster)
+
+
+def _from_cache(job: Job, table: _Table) -> list[Unit]:
+    """Put what the cache holds in place and return what is left."""
+    every = wanted_units(job, {})
+    if job.shelf is None:
+        return every
+    finished = job.shelf.finished()
+    left = []
+    for unit in every:
+        have = tuple(key for key in unit.wanted if unit.start in finished.get(key, ()))
+        broken = table.rest(Unit(unit.start, have)) if have else None
+        missing = {key for key in unit.wanted if key not in have} | set(broken.wanted if broken else ())
+        if missing:
+            left.append(Unit(unit.start, tuple(key for key in unit.wanted if key in missing)))
+    shards = sum(len(unit.wanted) for unit in every)
+    logger.info("cache: %d of %d shards were there", shards - sum(len(unit.wanted) for unit in left), shards)
+    return left
+
+
+def _stores(table: _Table, model: Model, detectors: Mapping[str, Detector], cluster: str | None) -> Pass:
+    job = table.job
+    failures = {label: text for label, (_, text) in table.broken.items()}
+    rows = None
+    if table.lost:
+        keep = torch.ones(len(job.source), dtype=torch.bool)
+        for start, text in sorted(table.lost.items()):
+            keep[start : start + job.count(start)] = False
+            failures[f"samples {start} to {start + job.count(start) - 1}"] = text
+        rows = keep.nonzero()[:, 0]
+    stores = {}
+    for condition in job.plan.conditions:
+        if condition.label not in failures:
+            logits, scores = table.logits[condition.key], table.scores[condition.key]
+            stores[condition.key] = make_store(
+                job.source, model, logits, scores, detectors, cluster, arena=table.arena, rows=rows
+            )
+    return Pass(stores, failures)
+
+
+def make_store(
+    source: Source,
+    model: Model,
+    logits: Tensor,
+    scores: Mapping[str, Tensor],
+    detectors: Mapping[str, Detector],
+    cluster: str | None,
+    *,
+    arena: Arena,
+    rows: Tensor | None = None,
+) -> PredictionStore:
+    """Return the predictions of one condition, with the scores of every detector.
+
+    Args:
+        source: The data.
+        model: What answered.
+        logits: float32 (N, C).
+        scores: Scores that the model itself returned.
+        detectors: Scorer name to detector; those that the model does not suit give NaN with a reason.
+        cluster: Group column of the resampling unit.
+        arena: Where new scores lie.
+        rows: int64 (M,) samples that were answered; None for all.
+    """
+    reasons = {name: reason for name, d in detectors.items() if (reason := d.skip_reason(model)) is not None}
+    found: dict[str, Tensor] = {}
+    for name, detector in detectors.items():
+        if name in reasons:
+            found[name] = torch.full((len(logits),), torch.nan)
+        else:
+            found[name] = _scored(detector, logits, scores, model, arena)
+    store = PredictionStore(
+        ids=source.info.ids,
+        logits=logits,
+        labels=source.info.labels,
+        task=model.task,
+        scores={**found, **scores},
+        score_reasons=reasons,
+        groups=source.info.groups,
+        clusters=clusters_of(source, cluster),
+    )
+    return store if rows is None else store.select(rows)
+
+
+def _scored(detector: Detector, logits: Tensor, scores: Mapping[str, Tensor], model: Model, arena: Arena) -> Tensor:
+    out: Tensor | None = None
+    for start in range(0, len(logits), _ROWS):
+        part = slice(start, start + _ROWS)
+        own = {name: values[part] for name, values in scores.items()}
+        values = detector.score(ModelOutputs(logits=logits[part], scores=own, task=model.task))
+        if out is None:
+            out = arena.empty((len(logits),), values.dtype)
+        out[part] = values
+    return torch.empty(0) if out is None else out
 
 
 def clusters_of(source: Source, cluster: str | None) -> Tensor | None:
@@ -74,129 +320,6 @@ def clusters_of(source: Source, cluster: str | None) -> Tensor | None:
     codes = source.column(cluster)
     alone = -1 - torch.arange(len(codes))
     return torch.where(codes < 0, alone, codes)
-
-
-def adapt(batch: Batch, source: ImageSpec, target: ImageSpec) -> Batch:
-    """Bring a foreign set's images to the channels, size and bit depth of the in-distribution data."""
-    images = batch.images
-    if source.channels != target.channels:
-        if source.channels == 1:
-            images = images.expand(-1, target.channels, -1, -1)
-        elif target.channels == 1 and source.channels == 3:
-            weights = torch.tensor([0.299, 0.587, 0.114], device=images.device).view(1, 3, 1, 1)
-            images = (images * weights).sum(1, keepdim=True)
-        else:
-            raise ConfigError(
-                "evaluate_under_shift",
-                f"OOD images with 1, 3 or {target.channels} channels",
-                f"{source.channels}",
-                "Convert them before.",
-            )
-    if source.size != target.size:
-        images = F.interpolate(images, size=target.size, mode="bilinear", align_corners=False, antialias=True)
-    return batch.replace(quantize(images.clamp(0, 1), target))
-
-
-def chunks(
-    source: Source, size: int, device: torch.device, adapter: Callable[[Batch], Batch]
-) -> Iterator[tuple[Batch, int]]:
-    """Iterate over (batch of exactly ``size`` samples, number of real ones); the last one is padded by repetition."""
-    for start in range(0, len(source), size):
-        index = list(range(start, min(start + size, len(source))))
-        count = len(index)
-        index += [index[-1]] * (size - count)
-        yield adapter(source.read(index).to(device)), count
-
-
-def predict_source(
-    model: Model,
-    source: Source,
-    plan: Plan,
-    *,
-    detectors: Mapping[str, Detector],
-    seed: int,
-    chunk: int,
-    cluster: str | None,
-    adapter: Callable[[Batch], Batch] = lambda batch: batch,
-    spec: ImageSpec | None = None,
-    bar: Bar | None = None,
-) -> Pass:
-    """Run a model over a source under every condition of a plan.
-
-    Args:
-        model: The model, on its device.
-        source: The data.
-        plan: Conditions; clean is always run.
-        detectors: Scorer name to detector.
-        seed: Seed of the draws.
-        chunk: Exact number of samples of every forward pass.
-        cluster: Group column of the resampling unit.
-        adapter: Applied to each batch after reading.
-        spec: Meaning of the pixels after ``adapter``; the source's own by default.
-        bar: Progress bar, moved by one a forward pass.
-    """
-    spec = spec or source.info.spec
-    answers: dict[str, _Answers] = {condition.key: _Answers() for condition in plan.conditions}
-    failures: dict[str, str] = {}
-    usable = {name: detector for name, detector in detectors.items() if detector.skip_reason(model) is None}
-
-    def record(key: str, batch: Batch, count: int) -> None:
-        outputs = model.predict(batch).head(count)
-        scores = {name: detector.score(outputs) for name, detector in usable.items()}
-        answers[key].add(outputs, {**scores, **outputs.scores})
-        if bar is not None:
-            bar.update()
-
-    for batch, count in chunks(source, chunk, model.device, adapter):
-        record(CLEAN.key, batch, count)
-        for sweep in plan.sweeps:
-            if sweep.conditions[0].label in failures:
-                continue
-            ctx = ShiftContext(seed=seed, spec=spec, model=model)
-            try:
-                draws = sweep.shift.prepare(batch, ctx)
-                for condition in sweep.conditions:
-                    shifted = sweep.shift.perform(batch, draws, condition.severity, ctx)
-                    record(condition.key, shifted.replace(quantize(shifted.images, spec)), count)
-            except Exception as error:
-                if is_out_of_memory(error):
-                    raise
-                logger.warning("%s failed: %s", sweep.conditions[0].label, error)
-                failures[sweep.conditions[0].label] = f"{type(error).__name__}: {error}"
-    clusters = clusters_of(source, cluster)
-    reasons = {name: reason for name, d in detectors.items() if (reason := d.skip_reason(model)) is not None}
-    stores = {
-        condition.key: _store(answers[condition.key], source, model, clusters, reasons)
-        for condition in plan.conditions
-        if condition.label not in failures
-    }
-    return Pass(stores, failures)
-
-
-def _store(
-    answers: _Answers, source: Source, model: Model, clusters: Tensor | None, reasons: Mapping[str, str]
-) -> PredictionStore:
-    logits = torch.cat(answers.logits).to("cpu", torch.float32)
-    scores = {name: torch.cat(values).cpu() for name, values in answers.scores.items()}
-    nothing = torch.full((len(logits),), torch.nan)
-    return PredictionStore(
-        ids=source.info.ids,
-        logits=logits,
-        labels=source.info.labels,
-        task=model.task,
-        scores={**scores, **dict.fromkeys(reasons, nothing)},
-        score_reasons=reasons,
-        groups=source.info.groups,
-        clusters=clusters,
-    )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that memory ran out, on a GPU or on the CPU."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
 
 
 def first_chunk(source: Source, device: torch.device) -> int:
@@ -210,3 +333,15 @@ def first_chunk(source: Source, device: torch.device) -> int:
 def forward_passes(counts: Sequence[tuple[int, int]], chunk: int) -> int:
     """Return the number of forward passes for (samples, conditions) pairs."""
     return sum(-(-samples // chunk) * conditions for samples, conditions in counts)
+
+
+__all__ = [
+    "Arena",
+    "Bar",
+    "ChunkTooLargeError",
+    "Pass",
+    "is_out_of_memory",
+    "make_store",
+    "predict_source",
+    "progress_bar",
+]

@@ -94,6 +94,7 @@ def condition_rows(
     groups: Sequence[str],
 ) -> list[Row]:
     """Return all rows of one condition: metrics, the paired drop against clean, and the same by group."""
+    store = replace(store)  # probabilities and the like, which a store keeps once made, go when this condition is done
     rows = _rows(subject, condition, compute(store, context, metrics))
     if condition.key != CLEAN.key and store.labels is not None:
         drop = paired_difference(store, clean, "accuracy", context)
@@ -123,7 +124,7 @@ def worst_rows(
     for metric in WORST_METRICS:
         direction = METRICS.get(metric).direction
         present = [condition for condition in conditions if condition.key in stores]
-        found = {c.key: compute(stores[c.key], context, [metric])[0].estimate for c in present}
+        found = {c.key: compute(replace(stores[c.key]), context, [metric])[0].estimate for c in present}
         if not any(estimate.effective_n > 0 for estimate in found.values()):
             place = Condition(key=label, kind="corruption", label=label)
             nothing = next(iter(found.values()), Estimate.undefined("no_conditions"))

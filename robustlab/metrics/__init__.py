@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
+
 from robustlab.core.registry import METRICS
 
 from .base import Context, Direction, Estimate, Frozen, Metric, MetricValue, Statistic
@@ -29,6 +31,7 @@ from .stats import (
     interval,
     paired_difference,
     proportion,
+    unit_count,
     wilson,
     worst_of,
 )
@@ -96,7 +99,15 @@ def compute(store: PredictionStore, context: Context, names: Sequence[str] | Non
         return []
     kind = "ood" if store.labels is None else "labels"
     chosen = [item for _, item in METRICS.items() if item.default] if names is None else map(METRICS.get, names)
-    return [value for item in chosen if item.on == kind for value in item().compute(store, context)]
+    return [value for item in chosen if item.on == kind for value in _values(item(), store, context)]
+
+
+def _values(metric: Metric, store: PredictionStore, context: Context) -> list[MetricValue]:
+    if store.answers_only and not metric.from_answers:
+        everyone = torch.ones(len(store), dtype=torch.bool, device=store.ids.device)
+        nothing = Estimate.undefined("answers_only", n=len(store), n_units=unit_count(store.clusters, everyone))
+        return [MetricValue(metric.name, nothing, metric.direction)]
+    return metric.compute(store, context)
 
 
 def fit_frozen(store: PredictionStore, referral: float, detector: str = "") -> Frozen:
@@ -106,7 +117,13 @@ def fit_frozen(store: PredictionStore, referral: float, detector: str = "") -> F
         store: Validation predictions; thresholds need labels, referral does not.
         referral: Agreed share of referred cases, in [0, 1].
         detector: Scorer that refers cases beside confidence; dropped where its scores are NaN throughout.
+
+    Returns:
+        The operating points. Answers without probabilities have none: nothing is referred, and the answer is the
+        decision.
     """
+    if store.answers_only:
+        return Frozen(thresholds=None if store.labels is None else fit_thresholds(store), referral=referral)
     sure, score = fit_referral(store, referral, detector)
     return Frozen(
         thresholds=None if store.labels is None else fit_thresholds(store),

@@ -68,7 +68,7 @@ class Frozen:
     Args:
         thresholds: float64 (L,) decision thresholds on the positive probability, one a label (one for two classes), or
             None without validation data. Positive is at or above; NaN for a label that lacks a class in validation;
-            empty for several classes, where the most probable one is the answer.
+            empty for several classes, where the most probable one is the answer, and for answers without probabilities.
         confidence: Refer cases whose confidence, as log-odds of the answer, is at or below this value; NaN without
             validation data.
         detector: Scorer whose score refers cases too; empty without validation data.
@@ -105,13 +105,18 @@ class Context:
 
 
 class Metric(ABC):
-    """A metric of one store. Registered under a kebab-case name; the default set is marked by ``default``."""
+    """A metric of one store. Registered under a kebab-case name; the default set is marked by ``default``.
+
+    ``from_answers`` marks metrics that are right for answers without probabilities (``PredictionStore.answers_only``);
+    ``robustlab.metrics.compute`` reports the others as NaN with that reason.
+    """
 
     name: ClassVar[str] = ""
     title: ClassVar[str] = ""
     direction: ClassVar[Direction] = "higher"
     default: ClassVar[bool] = True
     on: ClassVar[Literal["labels", "ood"]] = "labels"
+    from_answers: ClassVar[bool] = False
 
     @abstractmethod
     def compute(self, store: PredictionStore, context: Context) -> list[MetricValue]:

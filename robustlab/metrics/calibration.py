@@ -16,7 +16,7 @@ from robustlab.core.registry import METRICS
 
 from .base import Context, Direction, Metric, MetricValue, Statistic
 from .classification import labels_of
-from .stats import Bounds, IntervalKind, bootstrap, macro, proportion, ratio
+from .stats import Bounds, IntervalKind, bootstrap, macro, proportion, ratio, rowwise
 from .store import PredictionStore
 
 BINS = 15
@@ -40,14 +40,18 @@ class Forecasts:
 
 
 def forecasts(store: PredictionStore) -> list[Forecasts]:
-    """Return what ECE looks at: the positive class of two, the answer's confidence of several, or every label."""
-    labels, finite = labels_of(store), store.finite
+    """Return what ECE looks at: the positive class of two, the answer's confidence of several, or every label.
+
+    Of answers without probabilities no row enters.
+    """
+    labels = labels_of(store)
+    finite = torch.zeros_like(store.finite) if store.answers_only else store.finite
     if store.task == "multilabel":
         made = [(p, y == 1, finite & (y >= 0)) for p, y in zip(store.probs.unbind(1), labels.unbind(1), strict=True)]
     elif store.positive_class:
         made = [(store.probs[:, 1], labels == 1, finite)]
     else:
-        made = [(store.probs.amax(1), store.predicted == labels, finite)]
+        made = [(rowwise(store, lambda part: part.probs.amax(1)), store.predicted == labels, finite)]
     return [Forecasts(torch.where(entered, p, 0), happened, entered) for p, happened, entered in made]
 
 
@@ -106,6 +110,11 @@ def _mean_loss(store: PredictionStore, losses: Tensor) -> Statistic | None:
     return ratio(torch.where(entered, losses, 0)[:, used].T.contiguous(), entered[:, used].T.to(torch.float64))
 
 
+def _squared_error(store: PredictionStore) -> Tensor:
+    truth = functional.one_hot(labels_of(store), store.num_classes).to(torch.float64)
+    return (store.probs - truth).square().sum(1)
+
+
 def _undefined(weights: Tensor) -> Tensor:
     return weights.new_full(weights.shape[1:], math.nan)
 
@@ -138,7 +147,7 @@ class NegativeLogLikelihood(_Sampled):
             # log(1 - sigmoid(z)) = logsigmoid(-z)
             losses = -functional.logsigmoid(torch.where(labels == 1, 1, -1) * store.logits.to(torch.float64))
         else:
-            losses = -store.log_probs.gather(1, labels[:, None])[:, 0]
+            losses = rowwise(store, lambda part: -part.log_probs.gather(1, labels_of(part)[:, None])[:, 0])
         statistic = _mean_loss(store, losses)
         return {} if statistic is None else {"": statistic}
 
@@ -158,8 +167,7 @@ class Brier(_Sampled):
         if store.task == "multilabel":
             losses = (store.probs - (labels == 1).to(torch.float64)).square()
         else:
-            truth = functional.one_hot(labels, store.num_classes).to(torch.float64)
-            losses = (store.probs - truth).square().sum(1)
+            losses = rowwise(store, _squared_error)
         statistic = _mean_loss(store, losses)
         return {} if statistic is None else {"": statistic}
 

@@ -21,12 +21,15 @@ from .stats import (
     rank_probability,
     ratio,
     replicate,
+    rowwise,
     stack,
     summarise,
     unit_count,
     wilson,
 )
 from .store import PredictionStore
+
+_ROWS = 1 << 14
 
 
 def labels_of(store: PredictionStore) -> Tensor:
@@ -51,14 +54,15 @@ def fit_thresholds(store: PredictionStore) -> Tensor:
         store: Clean, labelled validation predictions.
 
     Returns:
-        float64 (1,) for two classes, (L,) for multi-label, (0,) for more classes; NaN for a label without both classes.
+        float64 (1,) for two classes, (L,) for multi-label, (0,) for more classes and for answers without
+        probabilities; NaN for a label without both classes.
 
     References:
         Youden, Index for rating diagnostic tests, 1950.
     """
     labels = labels_of(store)
     if store.task != "multilabel":
-        columns = [(store.probs[:, 1], labels)] if store.positive_class else []
+        columns = [(store.probs[:, 1], labels)] if store.positive_class and not store.answers_only else []
     else:
         columns = list(zip(store.probs.unbind(1), labels.unbind(1), strict=True))
     thresholds = [_youden(p[known], y[known]) for p, y in columns for known in [store.finite & (y >= 0)]]
@@ -136,6 +140,7 @@ class Accuracy(Metric):
     """Share of right answers; for multi-label the share of right decisions on annotated labels."""
 
     title = "Accuracy"
+    from_answers = True
 
     def compute(self, store: PredictionStore, context: Context) -> list[MetricValue]:
         confidence = context.resampler.confidence
@@ -163,6 +168,7 @@ class BalancedAccuracy(Metric):
     """Mean recall over the classes that occur; for multi-label the macro mean over labels that have both classes."""
 
     title = "Balanced accuracy"
+    from_answers = True
 
     def _rates(self, store: PredictionStore, context: Context) -> tuple[list[_Rate], str]:
         labels = labels_of(store)
@@ -208,8 +214,18 @@ class BalancedAccuracy(Metric):
 
 
 def _mean_rate(rates: Sequence[_Rate]) -> Statistic:
-    rows = torch.stack([rate.rows for rate in rates]).to(torch.float64)
-    return ratio(torch.stack([rate.hits for rate in rates]).to(torch.float64) * rows, rows)
+    rows = torch.stack([rate.rows for rate in rates])
+    hits = torch.stack([rate.hits for rate in rates]) & rows
+
+    def statistic(weights: Tensor) -> Tensor:
+        right, all_of = (weights.new_zeros((len(rates), weights.shape[1])) for _ in range(2))
+        for start in range(0, len(weights), _ROWS):  # sums of whole numbers: blocks change no digit
+            block = slice(start, start + _ROWS)
+            right += hits[:, block].to(torch.float64) @ weights[block]
+            all_of += rows[:, block].to(torch.float64) @ weights[block]
+        return (right / all_of).mean(0)
+
+    return statistic
 
 
 def _mover(parts: Sequence[Estimate]) -> tuple[float, float]:
@@ -227,18 +243,20 @@ def _mover(parts: Sequence[Estimate]) -> tuple[float, float]:
 class _ConditionalRate(Metric):
     """Share of right answers among the rows that are, or are not, of a class."""
 
+    from_answers = True
     wanted: ClassVar[bool]
     empty: ClassVar[str]
 
     def _rates(self, store: PredictionStore, context: Context) -> Iterator[tuple[str, _Rate, str, str]]:
         """Yield (target, rate, reason if it has no rows or no threshold, method note)."""
         labels = labels_of(store)
-        if store.task != "multilabel" and not store.positive_class:
-            for index in range(store.num_classes):
+        if store.task != "multilabel" and (store.answers_only or not store.positive_class):
+            for index in (1,) if store.positive_class else range(store.num_classes):
                 rows = (labels == index) == self.wanted
                 # an answer that is not finite is an error in both rates
                 hits = ((store.predicted == index) == self.wanted) & store.finite
-                yield context.target(index), _Rate(hits, rows), self.empty, ""
+                target, note = ("", "; of the answers given") if store.positive_class else (context.target(index), "")
+                yield target, _Rate(hits, rows), self.empty, note
             return
         columns = (
             [(store.probs[:, 1], labels)]
@@ -270,7 +288,10 @@ class _ConditionalRate(Metric):
 
 @METRICS.register("sensitivity")
 class Sensitivity(_ConditionalRate):
-    """Share of positive cases called positive, at the frozen threshold; one-vs-rest by argmax for several classes."""
+    """Share of positive cases called positive, at the frozen threshold; one-vs-rest by argmax for several classes.
+
+    For answers without probabilities the answer given decides, and no validation data are needed.
+    """
 
     title = "Sensitivity"
     wanted = True
@@ -279,7 +300,10 @@ class Sensitivity(_ConditionalRate):
 
 @METRICS.register("specificity")
 class Specificity(_ConditionalRate):
-    """Share of negative cases called negative, at the frozen threshold; one-vs-rest by argmax for several classes."""
+    """Share of negative cases called negative, at the frozen threshold; one-vs-rest by argmax for several classes.
+
+    For answers without probabilities the answer given decides, and no validation data are needed.
+    """
 
     title = "Specificity"
     wanted = False
@@ -308,7 +332,8 @@ class _Ranking:
 
 def _rankings(store: PredictionStore) -> tuple[list[_Ranking], Tensor]:
     """Return the defined rankings and bool (N,), the rows that enter any of them."""
-    labels, finite, odds = labels_of(store), store.finite, store.log_odds
+    labels, odds = labels_of(store), rowwise(store, lambda part: part.log_odds)
+    finite = torch.zeros_like(store.finite) if store.answers_only else store.finite
     if store.task == "multilabel":
         made = [
             _Ranking.make(i, odds[:, i], finite & (labels[:, i] == 1), finite & (labels[:, i] == 0))

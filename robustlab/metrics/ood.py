@@ -53,6 +53,7 @@ class _Separation(Metric):
     """How well the scores of a store tell it from the clean reference; ID and OOD units are resampled separately."""
 
     on = "ood"
+    from_answers = True  # a score without logits brings its own reason
     counts: ClassVar[Literal["pairs", "id", "ood"]]
 
     @abstractmethod
@@ -113,8 +114,9 @@ def _replicates(
     statistic: PairStatistic, sides: tuple[PredictionStore, PredictionStore], rows: list[Tensor], resampler: Resampler
 ) -> Tensor:
     """Return (B,) values; ``rows`` brings each side into the statistic's order."""
-    chunks = resampler.chunks(*(units_of(side) for side in sides))
-    return torch.cat([statistic(inside[rows[0]], outside[rows[1]]) for inside, outside in chunks])
+    return resampler.values(
+        lambda inside, outside: statistic(inside[rows[0]], outside[rows[1]]), *(units_of(side) for side in sides)
+    )
 
 
 @METRICS.register("auroc-ood")

@@ -13,7 +13,7 @@ from robustlab.core.registry import METRICS
 
 from .base import Context, Estimate, Frozen, Metric, MetricValue, Statistic
 from .classification import decide_labels, labels_of
-from .stats import proportion, ratio
+from .stats import proportion, ratio, rowwise
 from .store import PredictionStore
 
 
@@ -23,7 +23,9 @@ def confidence(store: PredictionStore) -> Tensor:
     It orders cases as the largest probability does (for multi-label the smallest max(p, 1 - p)), without its ties where
     probabilities saturate. NaN in rows that are not finite.
     """
-    return store.log_odds.abs().amin(1) if store.task == "multilabel" else store.log_odds.amax(1)
+    if store.task == "multilabel":
+        return rowwise(store, lambda part: part.log_odds.abs().amin(1))
+    return rowwise(store, lambda part: part.log_odds.amax(1))
 
 
 def _scores(store: PredictionStore, detector: str) -> Tensor:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-import torch.nn.functional as functional
 from scipy.stats import norm, t
 from torch import Tensor
 
@@ -26,6 +25,7 @@ Verdict = Literal["breaks", "worse", "holds", "no decision"]
 
 FEW_CLUSTERS = 30
 _LOST_SHARE = 0.05
+_DENSE = 1 << 22  # outputs whose float64 forms are made, and kept with their store, at once (32 MB each)
 _UNBOUNDED: Bounds = (-math.inf, math.inf)
 
 
@@ -149,6 +149,24 @@ def interval(
     return min(max(low, bounds[0]), bounds[1]), min(max(high, bounds[0]), bounds[1]), ""
 
 
+def rowwise(store: PredictionStore, function: Callable[[PredictionStore], Tensor]) -> Tensor:
+    """Return ``function(store)``, whose row i depends on row i alone; large stores are worked on in blocks of rows.
+
+    What the function derives from all outputs, in float64, then exists for one block at a time.
+    """
+    count = max(1, _DENSE // max(store.num_classes, 1))
+    if len(store) <= count:
+        return function(store)
+    out = torch.empty(0)
+    for start in range(0, len(store), count):
+        rows = torch.arange(start, min(start + count, len(store)), device=store.ids.device)
+        part = function(store.select(rows))
+        if start == 0:
+            out = part.new_empty((len(store), *part.shape[1:]))
+        out[start : start + count] = part
+    return out
+
+
 def units_of(store: PredictionStore) -> Tensor:
     """Return the codes that are resampled, int64 (N,): clusters, or hashed ids without clusters."""
     return store.keys if store.clusters is None else store.clusters
@@ -236,7 +254,9 @@ def stack(parts: Sequence[Statistic]) -> Statistic:
 
 def cumulative(weights: Tensor) -> Tensor:
     """Return (N + 1, b): the weight of the first 0, 1, ..., N rows."""
-    return functional.pad(weights.cumsum(0), (0, 0, 1, 0))
+    mass = weights.new_zeros((len(weights) + 1, weights.shape[1]))
+    torch.cumsum(weights, 0, out=mass[1:])
+    return mass
 
 
 def rank_probability(positive: Tensor, negative: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
@@ -254,7 +274,7 @@ def rank_probability(positive: Tensor, negative: Tensor) -> Callable[[Tensor, Te
 
     def statistic(positive_weights: Tensor, negative_weights: Tensor) -> Tensor:
         mass = cumulative(negative_weights)
-        wins = (positive_weights * (mass[below] + mass[through])).sum(0)
+        wins = mass[below].add_(mass[through]).mul_(positive_weights).sum(0)
         return wins / (2 * positive_weights.sum(0) * mass[-1])
 
     return statistic
@@ -294,8 +314,10 @@ def paired_difference(
             "paired_difference", "a metric on labels that has a bootstrap form", repr(metric), "Use e.g. 'accuracy'."
         )
     b = _matched(a, b)
-    first, second = item.statistics(a, context), item.statistics(b, context_b or context)
     everyone = torch.ones_like(a.ids, dtype=torch.bool)
+    if (a.answers_only or b.answers_only) and not item.from_answers:
+        return Estimate.undefined("answers_only", n=len(a), n_units=unit_count(a.clusters, everyone))
+    first, second = item.statistics(a, context), item.statistics(b, context_b or context)
     if not first or not second:
         return Estimate.undefined("undefined_on_one_side", n=len(a), n_units=unit_count(a.clusters, everyone))
     if target not in first or target not in second:
@@ -306,10 +328,15 @@ def paired_difference(
     def difference(weights: Tensor) -> Tensor:
         return after(weights) - before(weights)
 
-    estimate = bootstrap(a, difference, context.resampler, everyone, reason="undefined_on_one_side")
-    if metric != "accuracy" or a.task == "multilabel" or a.labels is None:
+    labels = a.labels if metric == "accuracy" and a.task != "multilabel" else None
+    if labels is not None and unit_count(a.clusters, everyone) >= FEW_CLUSTERS:  # so many units are never all left out
+        point = float(difference(everyone.to(torch.float64)[:, None])[0])
+        estimate = Estimate(point, point, point, len(a), unit_count(a.clusters, everyone), "")
+    else:
+        estimate = bootstrap(a, difference, context.resampler, everyone, reason="undefined_on_one_side")
+    if labels is None:
         return replace(estimate, method=f"paired {estimate.method}")
-    gain = (b.predicted == a.labels).to(torch.float64) - (a.predicted == a.labels).to(torch.float64)
+    gain = (b.predicted == labels).to(torch.float64) - (a.predicted == labels).to(torch.float64)
     identical = torch.equal(a.logits.nan_to_num(), b.logits.nan_to_num())
     low, high = (0.0, 0.0) if identical else discordance_interval(gain, a.clusters, context.resampler.confidence)
     method = "paired, Bonett-Price" if a.clusters is None else "paired, Bonett-Price over clusters"
@@ -360,9 +387,12 @@ def _matched(a: PredictionStore, b: PredictionStore) -> PredictionStore:
         )
     if bool((ids[1:] == ids[:-1]).any()):
         raise ConfigError("paired_difference", "ids that are unique", "repeated ids", "Give every sample its own id.")
-    position = torch.empty_like(rows)
-    position[rows] = rows_b
-    matched = b.select(position)
+    if torch.equal(rows, rows_b):
+        matched = b
+    else:
+        position = torch.empty_like(rows)
+        position[rows] = rows_b
+        matched = b.select(position)
     if a.labels is not None and matched.labels is not None and not torch.equal(a.labels, matched.labels):
         raise LabelError(
             "paired_difference", "the same labels on both sides", "different ones", "Check that both use one split."

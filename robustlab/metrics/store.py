@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustlab.core.errors import ShapeError
+from robustlab.core.errors import ConfigError, ShapeError
 from robustlab.core.rng import hashed
 from robustlab.core.types import Task
 
@@ -30,6 +30,8 @@ class PredictionStore:
         groups: Column to int64 codes (N,), -1 for missing.
         clusters: int64 (N,) codes of the resampling unit (patient), or None for images.
         pseudonyms: ``ids`` are hashed already, as they are in saved reports.
+        answers_only: Only answers are known: a row of ``logits`` is 1 at the answer and 0 elsewhere, NaN where there is
+            none, and no probability follows from it. Not for multi-label.
     """
 
     ids: Tensor
@@ -41,8 +43,16 @@ class PredictionStore:
     groups: Mapping[str, Tensor] = field(default_factory=dict)
     clusters: Tensor | None = None
     pseudonyms: bool = False
+    answers_only: bool = False
 
     def __post_init__(self) -> None:
+        if self.answers_only and self.task == "multilabel":
+            raise ConfigError(
+                "PredictionStore",
+                "probabilities or logits for a multi-label task",
+                "answers without probabilities",
+                "Answers alone are one class a sample: use task='multiclass', or pass probabilities.",
+            )
         count = len(self.logits)
         for name, value in (("ids", self.ids), ("labels", self.labels), ("clusters", self.clusters)):
             if value is not None and len(value) != count:
@@ -71,10 +81,16 @@ class PredictionStore:
         """bool (N,): every output of the row is finite."""
         return torch.isfinite(self.logits).all(1)
 
+    @property
+    def _numbers(self) -> Tensor:
+        """float64 (N, C) logits that mean more than the answer."""
+        logits = self.logits.to(torch.float64)
+        return torch.full_like(logits, torch.nan) if self.answers_only else logits
+
     @cached_property
     def log_probs(self) -> Tensor:
-        """float64 (N, C) log-softmax; for multi-label the log of each label's sigmoid."""
-        logits = self.logits.to(torch.float64)
+        """float64 (N, C) log-softmax; for multi-label the log of each label's sigmoid. NaN for answers only."""
+        logits = self._numbers
         return F.logsigmoid(logits) if self.task == "multilabel" else F.log_softmax(logits, 1)
 
     @cached_property
@@ -84,8 +100,11 @@ class PredictionStore:
 
     @cached_property
     def log_odds(self) -> Tensor:
-        """float64 (N, C) log p / (1 - p) of each class or label, from logits: no ties where probabilities saturate."""
-        logits = self.logits.to(torch.float64)
+        """float64 (N, C) log p / (1 - p) of each class or label, from logits: no ties where probabilities saturate.
+
+        NaN for answers only.
+        """
+        logits = self._numbers
         if self.task == "multilabel" or self.num_classes < 2:
             return logits
         if self.num_classes == 2:
@@ -113,4 +132,5 @@ class PredictionStore:
             groups={name: codes[rows] for name, codes in self.groups.items()},
             clusters=None if self.clusters is None else self.clusters[rows],
             pseudonyms=self.pseudonyms,
+            answers_only=self.answers_only,
         )

@@ -1,33 +1,32 @@
-"""The files of a report: JSON, CSV and safetensors, written atomically; nothing is pickled."""
+"""The files of a report: JSON, CSV and safetensors, written as one set; nothing is pickled."""
 
 from __future__ import annotations
 
 import base64
-import contextlib
 import csv
 import io
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from robustlab.core.errors import ConfigError, DataFileError, KindError, RobustlabError
 from robustlab.core.spec import array_fingerprint
 from robustlab.metrics.store import PredictionStore
 
+from .folder import bytes_part, read_bytes, read_tensors, tensors_part, write_folder
 from .rows import Row
 
 SCHEMA = 1
 COLUMNS = tuple(field.name for field in fields(Row))
 _FLOATS = frozenset(field.name for field in fields(Row) if field.type == "float")
 _INTS = frozenset(field.name for field in fields(Row) if field.type == "int")
+_RECORD, _INDEX, _TENSOR_FILE, _GALLERY = "report.json", "predictions.json", "predictions.safetensors", "gallery.json"
+_TRIES = 10
 _TENSORS = ("logits", "labels", "clusters")
 PictureData = tuple[str, float, bytes, str]
 
@@ -60,14 +59,15 @@ def row_values(row: Row) -> list[Any]:
     ]
 
 
-def to_json(rows: Sequence[Row], manifest: Mapping[str, Any]) -> str:
-    """Return the JSON text of a report: manifest, column names, and one line a row."""
+def to_json(rows: Sequence[Row], manifest: Mapping[str, Any], names: Mapping[str, str] | None = None) -> str:
+    """Return the JSON text of a report: manifest, digests of the files beside it, column names, and one line a row."""
     lines = ",\n".join(
         json.dumps([_number(v) if isinstance(v, float) else v for v in row_values(row)], ensure_ascii=False)
         for row in rows
     )
     head = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
-    return f'{{"manifest": {head},\n"columns": {json.dumps(COLUMNS)},\n"rows": [\n{lines}\n]}}\n'
+    beside = "" if names is None else f'"files": {json.dumps(names)},\n'
+    return f'{{"manifest": {head},\n{beside}"columns": {json.dumps(COLUMNS)},\n"rows": [\n{lines}\n]}}\n'
 
 
 def from_json(text: str, who: str) -> tuple[tuple[Row, ...], dict[str, Any]]:
@@ -76,10 +76,15 @@ def from_json(text: str, who: str) -> tuple[tuple[Row, ...], dict[str, Any]]:
     Raises:
         ConfigError: Not a report, or another schema.
     """
+    return _parse(text, who)[:2]
+
+
+def _parse(text: str, who: str) -> tuple[tuple[Row, ...], dict[str, Any], dict[str, str] | None]:
+    """Return rows, manifest and the digests of the other files, which older reports lack."""
     try:
         content = json.loads(text)
         manifest, columns, lines = content["manifest"], content["columns"], content["rows"]
-        schema = manifest["schema"]
+        schema, names = manifest["schema"], content.get("files")
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             who, "the JSON of a report", f"{type(error).__name__}: {error}", "Run the evaluation again."
@@ -94,7 +99,7 @@ def from_json(text: str, who: str) -> tuple[tuple[Row, ...], dict[str, Any]]:
         )
     if tuple(columns) != COLUMNS:
         raise ConfigError(who, f"columns {', '.join(COLUMNS)}", ", ".join(map(str, columns)), "The file was changed.")
-    return tuple(Row(*map(_field, COLUMNS, line)) for line in lines), manifest
+    return tuple(Row(*map(_field, COLUMNS, line)) for line in lines), manifest, names
 
 
 def to_csv(rows: Sequence[Row]) -> str:
@@ -114,90 +119,87 @@ def save(
     predictions: Mapping[str, PredictionStore],
     pictures: Sequence[PictureData],
 ) -> Path:
-    """Write the files of a report and return the folder.
+    """Write the files of a report as one set and return the folder.
 
     Raises:
         DataFileError: The folder cannot be written.
     """
     tensors, index = _pack(predictions)
-    contents = {
-        folder / "rows.csv": to_csv(rows).encode(),
-        folder / "predictions.safetensors": safetensors.torch.save(tensors),
-        folder / "predictions.json": json.dumps(index, indent=1).encode(),
-        folder / "report.json": to_json(rows, manifest).encode(),
-    }
-    gallery = folder / "gallery.json"
+    parts = [
+        bytes_part("rows.csv", to_csv(rows).encode()),
+        tensors_part(_TENSOR_FILE, tensors),
+        bytes_part(_INDEX, json.dumps(index, indent=1).encode()),
+    ]
     if pictures:
         entries = [
             {"condition": condition, "severity": severity, "caption": caption, "png": base64.b64encode(png).decode()}
             for condition, severity, png, caption in pictures
         ]
-        contents[gallery] = json.dumps(entries, indent=1).encode()
-    write_all(contents)
-    if not pictures:
-        gallery.unlink(missing_ok=True)  # pictures of an earlier run do not belong to this report
+        parts.append(bytes_part(_GALLERY, json.dumps(entries, indent=1).encode()))
+    write_folder(folder, parts, lambda names: bytes_part(_RECORD, to_json(rows, manifest, names).encode()), _GALLERY)
     return folder
 
 
 def load(folder: Path) -> tuple[tuple[Row, ...], dict[str, Any], dict[str, PredictionStore], list[PictureData]]:
-    """Read what ``save`` wrote.
+    """Read what ``save`` wrote, while another process may be writing it anew: all of one report, never of two.
 
     Raises:
         DataFileError: The folder holds no report, or a damaged one.
         ConfigError: Another schema.
     """
     who = f"Report.load({str(folder)!r})"
-    try:
-        rows, manifest = from_json((folder / "report.json").read_text(encoding="utf-8"), who)
-        index = json.loads((folder / "predictions.json").read_text(encoding="utf-8"))
-        tensors = safetensors.torch.load_file(folder / "predictions.safetensors")
-        predictions = {entry["key"]: _unpack(entry, tensors) for entry in index}
-        gallery = folder / "gallery.json"
-        entries = json.loads(gallery.read_text(encoding="utf-8")) if gallery.exists() else []
-        pictures = [(e["condition"], e["severity"], base64.b64decode(e["png"]), e["caption"]) for e in entries]
-    except OSError as error:
-        raise DataFileError(
-            who, "a folder that Report.save wrote", str(error), "Pass that folder; it holds report.json."
-        ) from error
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, RobustlabError):
-            raise
-        raise DataFileError(
-            who, "whole files", f"{type(error).__name__}: {error}", "The files are damaged: run the evaluation again."
-        ) from error
+    unmoved = 0
+    while True:
+        before = _identity(folder)
+        try:
+            return _load(folder, who, before)
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            # a new report.json comes before all else that is new; a file that moved between two looks stays there
+            unmoved = unmoved + 1 if _identity(folder) == before else 0
+            if unmoved < _TRIES and not isinstance(error, RobustlabError):
+                continue
+            _refuse(error, who)
+
+
+def _load(
+    folder: Path, who: str, identity: tuple[int, ...]
+) -> tuple[tuple[Row, ...], dict[str, Any], dict[str, PredictionStore], list[PictureData]]:
+    rows, manifest, names = _parse((folder / _RECORD).read_text(encoding="utf-8"), who)
+
+    def digest(name: str) -> str | None:
+        return None if names is None else names[name]
+
+    index = json.loads(read_bytes(folder, _INDEX, digest(_INDEX)))
+    tensors = read_tensors(folder, _TENSOR_FILE, digest(_TENSOR_FILE))
+    # the names of tensors are their digests: if all that the index asks for are there, they are the right ones
+    predictions = {entry["key"]: _unpack(entry, tensors) for entry in index}
+    pictured = (folder / _GALLERY).exists() if names is None else _GALLERY in names
+    entries = json.loads(read_bytes(folder, _GALLERY, digest(_GALLERY))) if pictured else []
+    pictures = [(e["condition"], e["severity"], base64.b64decode(e["png"]), e["caption"]) for e in entries]
+    if names is None and _identity(folder) != identity:
+        raise ValueError("replaced while being read")
     return rows, manifest, predictions, pictures
 
 
-def write_all(contents: Mapping[Path, bytes]) -> list[Path]:
-    """Write files so that each is either the old or the new one: all temporary files first, then the moves.
-
-    Raises:
-        DataFileError: A file cannot be written; the old ones are left as they were.
-    """
-    moves: list[tuple[Path, Path]] = []
-    try:
-        for path, content in contents.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            spare = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            moves.append((spare, path))
-            with spare.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for spare, path in moves:
-            spare.replace(path)
-    except OSError as error:
+def _refuse(error: Exception, who: str) -> NoReturn:
+    if isinstance(error, RobustlabError):
+        raise error
+    if isinstance(error, OSError):
         raise DataFileError(
-            f"writing {', '.join(str(path) for path in contents)}",
-            "a place that can be written",
-            str(error),
-            "Check the path, the rights and the free space.",
+            who, "a folder that Report.save wrote", str(error), "Pass that folder; it holds report.json."
         ) from error
-    finally:
-        for spare, _ in moves:
-            with contextlib.suppress(OSError):
-                spare.unlink(missing_ok=True)
-    return list(contents)
+    raise DataFileError(
+        who, "whole files", f"{type(error).__name__}: {error}", "The files are damaged: run the evaluation again."
+    ) from error
+
+
+def _identity(folder: Path) -> tuple[int, ...]:
+    """Return what tells one report.json from the next one."""
+    try:
+        facts = (folder / _RECORD).stat()
+    except OSError:
+        return ()
+    return facts.st_ino, facts.st_mtime_ns, facts.st_size
 
 
 def _number(value: float) -> float | str | None:
@@ -213,31 +215,37 @@ def _field(name: str, value: Any) -> Any:
 
 
 def _pack(predictions: Mapping[str, PredictionStore]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Name each distinct tensor by its content, so labels, hashed ids and groups are stored once."""
+    """Name each distinct tensor by its content, so labels, hashed ids and groups are stored once; copy none."""
     tensors: dict[str, Tensor] = {}
+    known: dict[int, str] = {}  # of tensors that the predictions hold, so that no other one takes over an id
+
+    def add(tensor: Tensor) -> str:
+        name = array_fingerprint([("", tensor)])
+        tensors.setdefault(name, tensor)
+        return name
 
     def keep(tensor: Tensor | None) -> str | None:
         if tensor is None:
             return None
-        plain = tensor.detach().cpu().contiguous().clone()
-        name = array_fingerprint([("", plain)])
-        tensors[name] = plain
-        return name
+        if id(tensor) not in known:
+            known[id(tensor)] = add(tensor)
+        return known[id(tensor)]
 
-    index = [
-        {
+    def describe(key: str, store: PredictionStore) -> dict[str, Any]:
+        return {
             "key": key,
             "n": len(store),
             "task": store.task,
-            "ids": keep(store.keys),
+            "ids": add(store.keys),
             **{name: keep(getattr(store, name)) for name in _TENSORS},
             "scores": {name: keep(value) for name, value in store.scores.items()},
             "score_reasons": dict(store.score_reasons),
             "groups": {name: keep(codes) for name, codes in store.groups.items()},
+            **({"answers_only": True} if store.answers_only else {}),
         }
-        for key, store in predictions.items()
-    ]
-    return tensors, index
+
+    # of a copy, so that what is derived here is not kept with the report
+    return tensors, [describe(key, replace(store)) for key, store in predictions.items()]
 
 
 def _unpack(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PredictionStore:
@@ -254,4 +262,5 @@ def _unpack(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Predicti
         groups={name: tensors[key] for name, key in entry["groups"].items()},
         clusters=take(entry["clusters"]),
         pseudonyms=True,
+        answers_only=entry.get("answers_only", False),
     )

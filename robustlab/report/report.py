@@ -12,6 +12,7 @@ from robustlab.core.errors import UnknownNameError
 from robustlab.metrics.store import PredictionStore
 
 from . import files
+from .folder import write_file
 from .rows import Row
 
 if TYPE_CHECKING:
@@ -136,7 +137,8 @@ class Report:
 
         Sample ids are stored hashed (``PredictionStore.keys``); saved reports can still be compared, sample by sample.
 
-        Each file is written beside its place and moved there, so a reader never meets half a file.
+        The files change as one: ``load`` finds the old report or the new one, also while this runs and after it was
+        killed, and the next save removes what a killed one left.
 
         Raises:
             DataFileError: The folder cannot be written.
@@ -163,7 +165,7 @@ class Report:
         """
         from .html.page import render
 
-        return files.write_all({Path(path): render(self).encode()})[0]
+        return write_file(Path(path), render(self).encode())
 
 
 def _hint(rows: tuple[Row, ...], found: list[Row], asked: dict[str, Any], data: str | None) -> str:

@@ -27,11 +27,15 @@ def _blocks(report: Report) -> Iterable[list[str]]:
     yield list(_headline(report))
     yield list(_worst(report))
     yield list(_truth(report))
+    doubts = [line for sentence in views.doubts(report) for line in _wrap(sentence, "- ")]
+    yield ["The doctor doubts the set-up, and with it every number here", *doubts] if doubts else []
     gaps = views.not_tested(report)
     lines = [line for sentence in gaps for line in _wrap(sentence, "- ")]
     yield ["Not tested", *(lines or ["  not recorded"])]
     failures = manifest.get("failures") or []
-    yield [f"{len(failures)} conditions failed; see the manifest."] if failures else []
+    if failures:
+        lines = [line for item in failures for line in _wrap(f"{item['condition']}: {item['error']}", "- ")]
+        yield ["Failed; run again to try these once more", *lines]
 
 
 def _silent(report: Report, verdict: views.Verdict) -> Iterable[str]:

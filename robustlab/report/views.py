@@ -367,6 +367,12 @@ def as_float(value: Any) -> float:
     return math.nan if value is None else float(value)
 
 
+def doubts(report: Report) -> list[str]:
+    """Return what the doctor found wrong with model and data, and what to do, as sentences."""
+    found = (report.manifest.get("doctor") or {}).get("findings") or []
+    return [f"{finding['text']} {finding['fix']}" for finding in found]
+
+
 def not_tested(report: Report) -> list[str]:
     """Return what was not tested, as sentences."""
     return [str(sentence) for sentence in report.manifest.get("not_tested") or []]

@@ -37,6 +37,7 @@ _REASONS = {
     "single_class": "only one class is present",
     "no_labels": "no labels",
     "empty": "no samples",
+    "answers_only": "answers without probabilities",
 }
 
 

@@ -34,7 +34,7 @@ _GLYPHS = {
     "gap": "▾",
     "better": "▲",
 }
-_FACTS = ("versions", "model", "data", "val", "ood", "frozen", "settings", "capabilities")
+_FACTS = ("versions", "model", "data", "val", "ood", "frozen", "settings", "capabilities", "doctor")
 _HISTOGRAMS = 6
 
 
@@ -92,6 +92,7 @@ def _context(report: Report) -> dict[str, Any]:
         "most": _most(verdict),
         "headline": views.headline(report),
         "bad": bad,
+        "doubts": views.doubts(report),
         "not_tested": views.not_tested(report),
         "drops": drops,
         "reach": _reach(drops),
@@ -150,7 +151,7 @@ def _reliability(report: Report, bad: views.Condition | None) -> list[tuple[str,
     found = []
     for key, shift, severity, name in wanted:
         store = report.predictions.get(key)
-        if store is None or store.labels is None:
+        if store is None or store.labels is None or store.answers_only:
             continue
         subject = _subject(store, report.manifest.get("data") or {})
         ece, null = views.pick(table, "ece", shift, severity), views.pick(table, "ece-null", shift, severity)

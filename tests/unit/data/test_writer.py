@@ -14,6 +14,7 @@ from robustlab.core.errors import ConfigError, DataFileError, KindError, RangeEr
 from robustlab.core.levels import Levels
 from robustlab.core.shift import ShiftContext, quantize
 from robustlab.data import HistologyPhantom, load_data, subset, write_corrupted
+from robustlab.data.folder import MANIFEST
 
 
 @dataclass(frozen=True)
@@ -257,3 +258,28 @@ def test_writer_mistakes(tmp_path, shifts, severities, format, chunk, kind):
     with pytest.raises(kind, match="expected"):
         write_corrupted(_grey(), shifts, severities, tmp_path / "new", format=format, chunk=chunk)
     assert not (tmp_path / "new").exists()
+
+
+def test_manifest_names_each_condition_as_the_evaluation_does(tmp_path):
+    from robustlab.evaluate.plan import make_plan
+
+    source, shifts = _grey(), (_Noise(), _Drop(), _Noise(sigma=Levels((0.1,) * 5, 0.0, "of full range")), _GreyOnly())
+    folder = write_corrupted(source, shifts, (0, 1, 2.5), tmp_path, progress=False)
+    entries = json.loads((folder / MANIFEST).read_text())["conditions"]
+    plan = make_plan(shifts, (1, 2.5), (), source.info.spec)
+    assert [e["condition"] for e in entries if e["severity"]] == [c.key for c in plan.conditions[1:]]
+    assert {e["condition"] for e in entries if not e["severity"]} == {"clean"}
+    assert "test noise#2@2.5" in {e["condition"] for e in entries}
+
+
+def test_a_manifest_from_before_conditions_had_names_is_completed_without_work(tmp_path):
+    folder = write_corrupted(_grey(), [_Drop()], (1, 2), tmp_path, progress=False)
+    whole = (folder / MANIFEST).read_text()
+    old = json.loads(whole)
+    for entry in old["conditions"]:
+        del entry["condition"]
+    (folder / MANIFEST).write_text(json.dumps(old))
+    _Drop.applied.clear()
+    write_corrupted(_grey(), [_Drop()], (1, 2), tmp_path, progress=False)
+    assert _Drop.applied == []
+    assert (folder / MANIFEST).read_text() == whole

@@ -25,6 +25,7 @@ from robustlab.metrics import (
     wilson,
     worst_of,
 )
+from robustlab.metrics.resample import WeightCache, _poisson_steps
 from robustlab.metrics.stats import bootstrap, ratio
 
 
@@ -82,6 +83,30 @@ def test_chunks_without_cache_give_the_same_weights(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("robustlab.metrics.resample._CHUNK", 3500)
     monkeypatch.setattr("robustlab.metrics.resample._ROWS", 64)
     assert torch.equal(weights_of(Resampler(replicates=120), ids), whole)
+    monkeypatch.setattr("robustlab.metrics.resample._WHOLE", 10)
+    assert torch.equal(weights_of(Resampler(replicates=120), ids), whole)
+
+
+def test_a_count_fits_into_four_bits() -> None:
+    """Poisson(1) exceeds 15 with a probability below 2^-44, the smallest one drawn is 2^-32."""
+    assert len(_poisson_steps()) == 12
+    assert int(weights_of(Resampler(replicates=1000), torch.arange(3000)).max()) in range(7, 13)
+
+
+def test_cache_keeps_to_its_bytes_and_drops_what_is_not_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two bytes hold four replicates, so 100 units x 100 replicates take 5,000 bytes."""
+    resampler, first, second = Resampler(replicates=100), torch.arange(100), torch.arange(100) + 500
+    expected = [weights_of(Resampler(replicates=100), units) for units in (first, second)]
+    monkeypatch.setattr("robustlab.metrics.resample._CACHE_BYTES", 6000)
+    cache = resampler._cache
+    for units, weights in ((first, expected[0]), (second, expected[1]), (first, expected[0])):
+        assert torch.equal(weights_of(resampler, units), weights)
+        held = {key: set(blocks) for key, blocks in cache._items.items()}
+        assert held[WeightCache.key("side 0", units)] == {0, 50}  # the older ones made room
+        assert cache._bytes == sum(b.numel() for blocks in cache._items.values() for b in blocks.values()) <= 6000
+    list(resampler.chunks(first, second))  # 10,000 bytes in use: what fits stays, nothing in use is pushed out
+    held = {key: set(blocks) for key, blocks in cache._items.items()}
+    assert held == {WeightCache.key("side 0", first): {0, 50}}
 
 
 def test_two_sides_with_equal_codes_have_different_weights() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from robustlab.core.errors import ConfigError, DataFileError, KindError, UnknownNameError
 from robustlab.core.rng import hashed
-from robustlab.report import Picture, Report, files
+from robustlab.report import Picture, Report, files, folder
 
 FILES = {"report.json", "rows.csv", "predictions.safetensors", "predictions.json"}
 
@@ -98,7 +98,7 @@ def test_a_failed_save_leaves_the_old_files(report, tmp_path, monkeypatch):
         if len(synced) == len(FILES):
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.os, "fsync", full_disk)
+    monkeypatch.setattr(folder.os, "fsync", full_disk)
     with pytest.raises(DataFileError, match="No space left"):
         changed.save(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -1,11 +1,11 @@
-"""Load a model that is named on the command line."""
+"""A model by name: what the command line takes, and what travels to other processes instead of a network."""
 
 from __future__ import annotations
 
 import difflib
 import importlib.util
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,82 @@ from safetensors.torch import load_file
 from torch import nn
 
 from robustlab.core.errors import ConfigError, DataFileError, KindError, ModelError, UnknownNameError
+from robustlab.core.model import Model, wrap
+from robustlab.core.types import OutputKind, Task
 
 
-def load_model(name: str, *, weights: Path | None = None, arguments: Mapping[str, str] | None = None) -> Any:
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model by name and weights: takes the place of a network in ``evaluate_under_shift``.
+
+    Every process builds it for itself, so nothing of the network has to be picklable.
+
+    Args:
+        network: ``timm:NAME``, ``path/to/file.py:function``, a TorchScript file (``.pt``, ``.ts``) or an exported
+            program (``.pt2``). Workers on other machines must find files under the same paths.
+        weights: safetensors file, or a state dict that ``torch.load(weights_only=True)`` accepts.
+        arguments: Keyword arguments for timm or for the function.
+        task: As in ``wrap``, like all arguments below.
+        output: See ``wrap``.
+        num_classes: See ``wrap``.
+        mean: See ``wrap``.
+        std: See ``wrap``.
+        size: See ``wrap``.
+        channels: See ``wrap``.
+        bounds: See ``wrap``.
+        class_names: See ``wrap``.
+        name: See ``wrap``.
+    """
+
+    network: str
+    weights: str | Path | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    task: Task | None = None
+    output: OutputKind | None = None
+    num_classes: int | None = None
+    mean: Sequence[float] | float | None = None
+    std: Sequence[float] | float | None = None
+    size: int | tuple[int, int] | None = None
+    channels: int | None = None
+    bounds: tuple[float, float] = (0.0, 1.0)
+    class_names: Sequence[str] | None = None
+    name: str | None = None
+
+    def build(self) -> Model:
+        """Load network and weights and wrap them.
+
+        Raises:
+            RobustlabError: The model or its weights cannot be loaded.
+        """
+        weights = None if self.weights is None else Path(self.weights)
+        return wrap(
+            load_model(self.network, weights=weights, arguments=self.arguments),
+            task=self.task,
+            output=self.output,
+            num_classes=self.num_classes,
+            mean=self.mean,
+            std=self.std,
+            size=self.size,
+            channels=self.channels,
+            bounds=self.bounds,
+            class_names=self.class_names,
+            name=self.name,
+        )
+
+
+def load_model(name: str, *, weights: Path | None = None, arguments: Mapping[str, Any] | None = None) -> Any:
     """Return the network that ``name`` stands for.
 
     Args:
         name: ``timm:NAME``, ``path/to/file.py:function``, a TorchScript file (``.pt``, ``.ts``) or an exported program
             (``.pt2``).
         weights: safetensors file, or a state dict that ``torch.load(weights_only=True)`` accepts.
-        arguments: Keyword arguments for timm or for the function; values are read as JSON where possible.
+        arguments: Keyword arguments for timm or for the function.
 
     Raises:
         RobustlabError: The model or its weights cannot be loaded.
     """
-    options = {key: _value(text) for key, text in (arguments or {}).items()}
+    options = dict(arguments or {})
     if name.startswith("timm:"):
         net = _from_timm(name.removeprefix("timm:"), options)
     elif ".py:" in name:
@@ -41,8 +102,8 @@ def load_model(name: str, *, weights: Path | None = None, arguments: Mapping[str
         net = _from_compiled(Path(name))
     else:
         raise ConfigError(
-            "robustlab evaluate",
-            "MODEL as timm:NAME, path/to/file.py:function, or a .pt, .ts or .pt2 file",
+            "model",
+            "timm:NAME, path/to/file.py:function, or a .pt, .ts or .pt2 file",
             repr(name),
             "For a state dict, name the code that builds the network and pass the file with --weights.",
         )
@@ -52,13 +113,6 @@ def load_model(name: str, *, weights: Path | None = None, arguments: Mapping[str
         for module in net.modules():  # not .eval(): exported programs refuse it
             module.training = False
     return net
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
 
 
 def _from_timm(name: str, options: Mapping[str, Any]) -> nn.Module:

@@ -1,0 +1,109 @@
+"""What is found out about a model before hours are spent on it; a cache remembers it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from robustlab.core.errors import DataFileError
+from robustlab.core.model import Capabilities, probe
+from robustlab.core.spec import array_fingerprint
+
+from .cache import ModelEntry, find_model, open_cache
+from .diagnosis import Diagnosis
+from .doctor import examine_data, examine_model
+from .inputs import Inputs
+from .saved import SAVED_CAPABILITIES
+from .units import is_out_of_memory
+
+logger = logging.getLogger("robustlab")
+
+
+@dataclass(frozen=True, eq=False)
+class Preflight:
+    """What is known of a model before the evaluation.
+
+    Args:
+        capabilities: What was measured.
+        diagnosis: What the doctor found.
+        entry: The model's entry in the cache; None where no answers are kept.
+    """
+
+    capabilities: Capabilities
+    diagnosis: Diagnosis
+    entry: ModelEntry | None
+
+
+def examine(inputs: Inputs, cache: str | Path | None, cluster: str | None) -> Preflight:
+    """Measure and examine a model, or recall what an earlier run found of the same one.
+
+    Raises:
+        DataFileError: The cache cannot be written.
+    """
+    model = inputs.model
+    data = _attempt(
+        "overlap",
+        lambda: examine_data(
+            inputs.source,
+            val=inputs.val,
+            train=inputs.training,
+            cluster=cluster,
+            num_classes=model.num_classes,
+            thorough=False,
+        ),
+    )
+    if inputs.probed is None:
+        return Preflight(SAVED_CAPABILITIES, data, None)
+    first, logits = inputs.probed
+    root = None if cache is None else open_cache(cache)
+    entry = None if root is None else find_model(root, model, first.images, logits, new=False)
+    known = {} if entry is None else entry.known
+    examined = "" if root is None else _examined(inputs)
+    if entry is not None and {"capabilities", "diagnosis"} <= known.keys() and known.get("examined") == examined:
+        diagnosis = Diagnosis.from_dict(known["diagnosis"])
+        return Preflight(Capabilities(**known["capabilities"]), data.merged(diagnosis), entry)
+    capabilities = probe(model, first)
+    diagnosis = _attempt(
+        "forward-pass",
+        lambda: examine_model(model, inputs.source, capabilities, was_training=inputs.was_training, thorough=False),
+    )
+    keeps = capabilities.deterministic and not getattr(model, "order_dependent", False)
+    if root is not None and not keeps:
+        logger.warning("cache: %s answers differently each time, or by order: nothing is kept", model.model_name)
+        entry = None
+    elif root is not None and entry is None:
+        entry = find_model(root, model, first.images, logits, new=True)
+    if entry is not None:
+        facts = {
+            "model": model.model_name,
+            "settings": {key: repr(value) for key, value in model.settings().items()},
+            "capabilities": asdict(capabilities),
+            "diagnosis": diagnosis.to_dict(),
+            "examined": examined,
+        }
+        try:
+            entry.remember(facts)
+        except OSError as error:
+            raise DataFileError(
+                f"cache={str(cache)!r}", "a folder that can be written", str(error), "Choose another."
+            ) from error
+    return Preflight(capabilities, data.merged(diagnosis), entry)
+
+
+def _examined(inputs: Inputs) -> str:
+    """Return a hash of what decides the diagnosis besides the model."""
+    labels = inputs.source.info.labels
+    seen = "" if labels is None else array_fingerprint([("", labels)])
+    return f"{inputs.source.content_fingerprint()} {seen} {inputs.was_training}"
+
+
+def _attempt(check: str, call: Callable[[], Diagnosis]) -> Diagnosis:
+    """Examine; images that cannot be read and a memory too small are no reason to stop an evaluation here."""
+    try:
+        return call()
+    except Exception as error:
+        if not isinstance(error, OSError) and not is_out_of_memory(error):
+            raise
+        return Diagnosis(skipped=((check, f"{type(error).__name__}: {error}"),))
