@@ -83,12 +83,14 @@ def _other(role: str, text: str, data: str, examined: str) -> Source | None:
     from robustlab import load_data
     from robustlab.core.errors import MissingSplitError
 
+    from .parse import has_splits
+
     if text == "none":
         return None
     if not text.startswith("split:"):
         return load_data(text, split=role)
     name, default = text.removeprefix("split:"), text == f"split:{role}"
-    if default and name == examined:
+    if default and (name == examined or not has_splits(data)):
         return None
     try:
         return load_data(data, split=name)

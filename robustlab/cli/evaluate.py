@@ -22,7 +22,7 @@ def evaluate(
     arg: Annotated[list[str] | None, typer.Option(help="name=value for the model's constructor; repeatable.")] = None,
     split: Annotated[str, typer.Option(help="Split of DATA to evaluate.")] = "test",
     val: Annotated[
-        str | None, typer.Option(help="Validation data; 'split:NAME' takes another split of DATA.")
+        str | None, typer.Option(help="Validation data; 'split:NAME' takes another split of DATA, 'none' nothing.")
     ] = "split:val",
     shifts: Annotated[str, typer.Option(help="Suite or corruption names, comma-separated.")] = "standard",
     severities: Annotated[str, typer.Option(help="1-5 or 1,3,5.")] = "1-5",
@@ -145,7 +145,12 @@ def _validation(val: str | None, data: str) -> Any:
     from robustlab import load_data
     from robustlab.core.errors import MissingSplitError
 
+    from .parse import has_splits
+
     if val is None or val == "none":
+        return None
+    if val == "split:val" and not has_splits(data):
+        typer.echo("No validation data: an image folder has no splits (--val FOLDER).", err=True)
         return None
     if not val.startswith("split:"):
         return load_data(val, split="val")

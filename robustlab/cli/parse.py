@@ -107,6 +107,11 @@ def parse_model(model: str, *, weights: Path | None, arguments: list[str], **dec
     return load_predictions(model, **{key: declared.get(key) for key in ("task", "output", "name")})
 
 
+def has_splits(data: str) -> bool:
+    """Tell whether a data set on the command line can have splits: an image folder is one set."""
+    return not Path(data).expanduser().is_dir()
+
+
 def parse_workers(text: str | None) -> AbstractContextManager[ProcessPool | None]:
     """Return the pool that ``--workers`` asks for, or none.
 

@@ -20,6 +20,11 @@ from .spec import array_fingerprint
 _LIBRARIES = frozenset({"torch", "torchvision", "timm", "robustlab", "corruptions", "defenses"})
 """Code that is told by its version."""
 
+_NOTES = frozenset({"_warned", "class_names", "model_name"})
+"""Attributes of a model that decide no answer."""
+
+_SCALARS = (bool, int, float, str, type(None))
+
 _MODULE_STATE = frozenset(vars(nn.Module()))
 """What torch keeps in every module: mode, tensors and parts, which are looked at themselves, and hooks."""
 
@@ -28,7 +33,7 @@ def model_identity(model: Model) -> str | None:
     """Return a hash of everything that is known to decide a model's answers, or None where too little is known.
 
     It covers settings, parameters, buffers, the source of classes outside torch, torchvision, timm and robustlab, and
-    plain attributes of modules such as a dropout rate. A wrapped function has no parameters to hash: it has an
+    attributes such as a dropout rate, with what lies in them. A wrapped function has no parameters to hash: it has an
     identity only if ``wrap(..., model_id=...)`` gave it one. What a hash cannot see (hooks, global variables), a stored
     probe pass has to catch.
     """
@@ -43,9 +48,12 @@ def model_identity(model: Model) -> str | None:
 def _parts(model: Model) -> Iterator[str | None]:
     yield code_identity(type(model))
     yield repr(sorted(model.settings().items(), key=lambda item: item[0]))
-    yield repr(model.class_names)
     if not isinstance(model, WrappedModel):  # whose attributes are its settings, and notes on what it has seen
-        yield repr([(key, _word(value)) for key, value in sorted(vars(model).items()) if not key.startswith("_")])
+        own = not is_library_code(type(model))
+        held = sorted(((key, value) for key, value in vars(model).items() if key not in _NOTES), key=lambda it: it[0])
+        # private numbers are mostly notes such as counters; private arrays and objects are mostly what was fitted
+        kept = (pair for pair in held if not pair[0].startswith("_") or (own and not isinstance(pair[1], _SCALARS)))
+        yield repr([(key, _word(value)) for key, value in kept])
     wrapped: Sequence[Model] = wrapped_parts(model) or [model]
     yield repr([model.model_id, *(part.model_id for part in wrapped)])
     for part in wrapped:
@@ -121,7 +129,11 @@ def _tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _script(module: nn.Module) -> str:
     """Return the text of a compiled or exported program, which no class has."""
     if isinstance(module, torch.jit.ScriptModule):
-        return str(getattr(module, "code", ""))
+        try:
+            text, constants = module.code_with_constants
+        except (RuntimeError, AttributeError):  # a part without a method of its own
+            return ""
+        return text + array_fingerprint(sorted(constants.const_mapping.items()))
     return str(getattr(module, "code", "")) if isinstance(module, torch.fx.GraphModule) else ""
 
 
@@ -129,37 +141,47 @@ def _attributes(module: nn.Module) -> str:
     return repr([(key, _word(value)) for key, value in sorted(vars(module).items()) if key not in _MODULE_STATE])
 
 
-def _word(value: object) -> str:
-    """Return a text that differs where plain values, arrays, functions or containers of them differ.
+def _word(value: object, above: frozenset[int] = frozenset()) -> str:
+    """Return a text that differs where plain values, arrays, functions, or objects and containers of them differ.
 
-    Of all other objects only the class is told.
+    Of objects without attributes of their own, and of those that were met above, only the class is told.
     """
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, np.generic)):
         return repr(value)
-    if isinstance(value, Tensor) and value.layout == torch.strided:
+    if isinstance(value, Tensor):
         return array_fingerprint([("", value)])
     if isinstance(value, np.ndarray) and not value.dtype.hasobject:
         return array_fingerprint([("", value)])
+    name = f"{type(value).__module__}.{type(value).__qualname__}"
+    if id(value) in above:
+        return name
+    above = above | {id(value)}
     if isinstance(value, Mapping):
-        return repr(sorted((_word(key), _word(item)) for key, item in value.items()))
+        return repr(sorted((_word(key, above), _word(item, above)) for key, item in value.items()))
     if isinstance(value, (list, tuple)):
-        return repr([_word(item) for item in value])
+        return repr([_word(item, above) for item in value])
     if isinstance(value, (set, frozenset)):
-        return repr(sorted(map(_word, value)))
+        return repr(sorted(_word(item, above) for item in value))
     if isinstance(value, functools.partial):
-        return repr([_word(part) for part in (value.func, value.args, value.keywords)])
+        return repr([_word(part, above) for part in (value.func, value.args, value.keywords)])
     if isinstance(value, types.FunctionType):
-        return code_identity(value) + repr([_scalar(cell) for cell in value.__closure__ or ()])
+        cells = [_word(_content(cell), above) for cell in value.__closure__ or ()]
+        given = [_word(part, above) for part in (value.__defaults__, value.__kwdefaults__)]
+        # two lambdas on one line share their source
+        return code_identity(value) + _byte_code(value.__code__) + repr([cells, given])
+    if isinstance(value, types.MethodType):
+        return repr([_word(value.__func__, above), _word(value.__self__, above)])
     if isinstance(value, (types.BuiltinFunctionType, type)):
         return f"{value.__module__}.{value.__qualname__}"
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+    if isinstance(value, nn.Module):
+        return name + array_fingerprint(_tensors(value))
+    if isinstance(value, Model) or is_library_code(type(value)):
+        return name
+    return name + repr([(key, _word(item, above)) for key, item in sorted(getattr(value, "__dict__", {}).items())])
 
 
-def _scalar(cell: types.CellType) -> str:
-    """Return what a function has closed over, if it is a plain value."""
+def _content(cell: types.CellType) -> object:
     try:
-        value = cell.cell_contents
+        return cell.cell_contents
     except ValueError:  # not assigned yet
-        return ""
-    plain = value is None or isinstance(value, (bool, int, float, complex, str, bytes))
-    return repr(value) if plain else type(value).__qualname__
+        return None

@@ -75,7 +75,7 @@ class Source(ABC):
         rows = torch.as_tensor(list(index), dtype=torch.int64)
         info = self.info
         return Batch(
-            images=self.pixels(index),
+            images=_plain_strides(self.pixels(index)),
             labels=None if info.labels is None else info.labels[rows],
             ids=info.ids[rows],
             groups={name: codes[rows] for name, codes in info.groups.items()},
@@ -126,6 +126,11 @@ class Source(ABC):
             self._content = stored
         return stored
 
+    def refresh(self) -> None:
+        """Forget hashes that were taken: the stored images may have changed since."""
+        self.__dict__.pop("_fingerprint", None)
+        self.__dict__.pop("_content", None)
+
     def state(self) -> str:
         """Return what else tells, without decoding, that stored images have changed, e.g. sizes and dates of files."""
         return ""
@@ -151,3 +156,13 @@ class Source(ABC):
                 yield "pixels", self.pixels([row])
             except OSError:
                 yield "unreadable", torch.tensor([row])
+
+
+def _plain_strides(images: Tensor) -> Tensor:
+    """Return images (N, C, H, W) with the strides of a new tensor.
+
+    Axes of length 1 may have any stride, and convolutions choose their kernel, and with it the last bits of their
+    result, by strides.
+    """
+    _, channels, height, width = images.shape
+    return images.contiguous().as_strided(images.shape, (channels * height * width, height * width, width, 1))

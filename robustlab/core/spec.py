@@ -102,10 +102,20 @@ def array_fingerprint(arrays: Iterable[tuple[str, Tensor | np.ndarray[Any, Any]]
     """Return a 32-digit hexadecimal hash of named arrays: names, shapes, dtypes and bytes."""
     digest = hashlib.blake2b(digest_size=16)
     for name, array in arrays:
-        tensor = array.detach().cpu().contiguous() if isinstance(array, Tensor) else np.ascontiguousarray(array)
+        tensor = _plain(array) if isinstance(array, Tensor) else np.ascontiguousarray(array)
         digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
         if isinstance(tensor, Tensor):
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
         else:
             digest.update(tensor.tobytes())
     return digest.hexdigest()
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Return a tensor of any layout as contiguous numbers on the CPU."""
+    tensor = tensor.detach().cpu()
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
+    return tensor.contiguous()

@@ -19,6 +19,9 @@ from robustlab.core.types import TASKS, Batch, ModelOutputs, Task
 
 from .answers import KINDS, AnswerKind, Answers, read_answers
 
+_SUM_TOLERANCE = 0.02
+"""By how much rounded probabilities may miss one."""
+
 
 class SavedPredictions(Model):
     """Answers that a model gave elsewhere, on clean and on corrupted data; made by ``load_predictions``.
@@ -181,6 +184,8 @@ class SavedPredictions(Model):
     def _check(self) -> None:
         """Refuse now what would fail in every condition."""
         if not self.answers_only:
+            if self._bound or self._declared[0] is not None:
+                _check_sums(self._answers, self.task, self._who)
             _check_columns(self._rows.shape[1], self._declared[1], self.class_names, self._who)
             return
         if self.task == "multilabel":
@@ -251,6 +256,22 @@ def _no_class(answers: Answers, classes: int, who: str) -> LabelError:
         f"class {int(answers.labels.max())}",
         "Count classes from 0, write null for what could not be parsed, or pass the right num_classes=.",
     )
+
+
+def _check_sums(answers: Answers, task: Task, who: str) -> None:
+    """Refuse several probabilities a row that do not sum to one."""
+    values = answers.values
+    if answers.kind not in ("probs", "log_probs") or values.shape[1] < 2 or task == "multilabel":
+        return
+    sums = (values if answers.kind == "probs" else values.exp()).double().sum(1)
+    odd = (sums - 1).abs() > _SUM_TOLERANCE  # NaN is a broken answer, and counts as one
+    if bool(odd.any()):
+        raise ModelError(
+            who,
+            "probabilities that sum to 1",
+            f"{int(odd.sum())} rows that do not, the first with a sum of {float(sums[odd][0]):.3g}",
+            "Save logits, or pass task='multilabel' if every column stands for itself.",
+        )
 
 
 def _check_columns(columns: int, classes: int | None, names: tuple[str, ...] | None, who: str) -> None:

@@ -58,8 +58,11 @@ class FolderSource(Source):
     def state(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
         for file in self.files:
-            facts = file.stat()
-            digest.update(f"{facts.st_size} {facts.st_mtime_ns}\n".encode())
+            try:
+                facts = file.stat()
+                digest.update(f"{facts.st_size} {facts.st_mtime_ns}\n".encode())
+            except OSError:  # the samples of a file that is gone fail later, one by one
+                digest.update(b"missing\n")
         return digest.hexdigest()
 
     def pixels(self, index: Sequence[int]) -> Tensor:
@@ -105,6 +108,10 @@ class SubsetSource(Source):
 
     def state(self) -> str:
         return self.source.state()
+
+    def refresh(self) -> None:
+        super().refresh()
+        self.source.refresh()
 
 
 def subset(source: Source, rows: Sequence[int] | Tensor) -> Source:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -52,13 +53,18 @@ class DatasetSource(Source):
         dataset: Object with ``__getitem__``.
         rows: Position in the dataset of each sample.
         scale: Map to [0, 1].
+        content: Hash of all images, taken when the dataset was loaded.
     """
 
-    def __init__(self, info: SourceInfo, dataset: Any, rows: Sequence[int], scale: Scale) -> None:
+    def __init__(self, info: SourceInfo, dataset: Any, rows: Sequence[int], scale: Scale, content: str = "") -> None:
         self.info = info
+        self.content = content
         self.dataset = dataset
         self.rows = tuple(rows)
         self.scale = scale
+
+    def state(self) -> str:
+        return self.content
 
     def pixels(self, index: Sequence[int]) -> Tensor:
         spec = self.info.spec
@@ -136,7 +142,8 @@ def load_dataset(
             warnings.warn(f"{request.who}: {message} Use the evaluation transforms.", RobustlabWarning, stacklevel=4)
             notes.append(message)
         items = (dataset[i] for i in positions)
-        stack, labels = _collect(items, len(positions), first, request, keep_all=False)
+        digest = hashlib.blake2b(digest_size=16)
+        stack, labels = _collect(items, len(positions), first, request, keep_all=False, digest=digest)
     request = replace(request, **request.rows(positions, len(dataset)))
     names = _names(dataset, labels)
     if stack is not None:
@@ -154,7 +161,7 @@ def load_dataset(
         class_names=names,
         notes=notes,
     )
-    return DatasetSource(info, dataset, positions, scale)
+    return DatasetSource(info, dataset, positions, scale, digest.hexdigest())
 
 
 def load_loader(loader: DataLoader[Any], request: Request) -> Source:
@@ -221,9 +228,18 @@ def _in_memory(
 
 
 def _collect(
-    items: Iterable[Any], count: int | None, first: Item, request: Request, *, keep_all: bool
+    items: Iterable[Any],
+    count: int | None,
+    first: Item,
+    request: Request,
+    *,
+    keep_all: bool,
+    digest: Any = None,
 ) -> tuple[Array | None, Any]:
-    """Return the stacked images (None if too large) and labels (None if there are none) of all items."""
+    """Return the stacked images (None if too large) and labels (None if there are none) of all items.
+
+    ``digest``, a hash, is fed with every image.
+    """
     images: list[Array] = []
     labels: list[Any] = []
     size = 0
@@ -237,6 +253,8 @@ def _collect(
                 f"item {index}: {item.image.dtype} of shape {item.image.shape}",
                 "Add a transform that resizes and converts all images alike.",
             )
+        if digest is not None:
+            digest.update(np.ascontiguousarray(item.image).data)
         labels.append(item.label)
         size += item.image.nbytes
         if fits and size > MEMORY_BYTES:

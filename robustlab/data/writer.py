@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from robustlab import __version__
 from robustlab.core.checks import check_severity
-from robustlab.core.errors import ConfigError, KindError
+from robustlab.core.errors import ConfigError, DataFileError, KindError
 from robustlab.core.shift import Shift, ShiftContext, quantize
 from robustlab.core.source import Source
 from robustlab.core.spec import to_dict
@@ -89,6 +89,7 @@ def write_corrupted(
 
     Raises:
         ConfigError: The folder holds another data set, or a format cannot hold the source.
+        DataFileError: The folder cannot be made.
         RangeError: A severity outside [0, 5].
         KindError: The source is not a Source, or a shift not a Shift.
     """
@@ -102,7 +103,12 @@ def write_corrupted(
     levels = [check_severity(severity, who) for severity in severities]
     _check_request(source, shifts, levels, format, chunk, who)
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataFileError(
+            who, "a folder that can be written", f"{type(error).__name__}: {error}", "Choose another."
+        ) from error
     reasons = [shift.skip_reason(source.info.spec) for shift in shifts]
     plan = _plan([s for s, why in zip(shifts, reasons, strict=True) if why is None], levels, folder, format)
     head = _head(source, shifts, reasons, levels, seed, format)

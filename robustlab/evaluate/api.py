@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,9 @@ def evaluate_under_shift(
     flag = next((name for name in inputs.detectors if name != "msp"), next(iter(inputs.detectors), ""))
     if flag and inputs.detectors[flag].skip_reason(inputs.model) is not None:
         flag = next((n for n, d in inputs.detectors.items() if d.skip_reason(inputs.model) is None), "")
-    frozen = Frozen(referral=referral) if predictions.val is None else fit_frozen(predictions.val, referral, flag)
+    frozen = (
+        Frozen(referral=referral) if predictions.val is None else fit_frozen(replace(predictions.val), referral, flag)
+    )
     context = Context(
         resampler=Resampler(seed=seed, replicates=replicates), frozen=frozen, class_names=class_names_of(inputs)
     )

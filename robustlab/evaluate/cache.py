@@ -13,6 +13,7 @@ whatever cannot be read, or does not match its checksum, counts as missing. Samp
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -21,6 +22,7 @@ import platform
 import re
 import shutil
 import socket
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +42,7 @@ from robustlab.core.model import Model
 from robustlab.core.shift import Shift
 from robustlab.core.source import Source
 from robustlab.core.spec import array_fingerprint, canonical_json
-from robustlab.core.types import ImageSpec
+from robustlab.core.types import ImageSpec, ModelOutputs
 
 from .plan import CLEAN, Condition, Plan
 
@@ -150,7 +152,7 @@ def write_shard(path: Path, answers: Answers) -> None:
 def replace_file(path: Path, data: bytes) -> None:
     """Put a file in its place whole: written under a name of this process, then moved."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{writer()}.part")
+    part = path.with_name(f".{path.name}.{threading.get_ident()}.{writer()}.part")
     try:
         part.write_bytes(data)
         part.replace(path)
@@ -161,7 +163,18 @@ def replace_file(path: Path, data: bytes) -> None:
 
 def writer() -> str:
     """Return the name of this process in unfinished files: machine and number."""
-    return f"{re.sub('[^A-Za-z0-9-]', '-', socket.gethostname())}.{os.getpid()}"
+    host = re.sub("[^A-Za-z0-9-]", "-", socket.gethostname())
+    return f"{host}-{_namespace()}.{os.getpid()}"
+
+
+@functools.cache
+def _namespace() -> str:
+    """Return what tells apart containers of one host name, whose process numbers mean other processes."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+        return _hash(boot, str(Path("/proc/self/ns/pid").readlink()))[:8]
+    except OSError:
+        return "unknown"
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,7 +217,7 @@ class ModelEntry:
             labels = _seen(sweep.shift, source)
             for condition in sweep.conditions:
                 names[condition.key] = _condition_name(condition, identity, labels, seed)
-        return Shelf(self.folder / f"{_slug(source.info.name)}-{key[:20]}", names, self.classes)
+        return Shelf(self.folder / key, names, self.classes)
 
 
 def open_cache(folder: str | Path) -> Path:
@@ -214,7 +227,7 @@ def open_cache(folder: str | Path) -> Path:
         DataFileError: The folder cannot be written.
         ConfigError: It was written by another release.
     """
-    root = Path(folder).expanduser() / FOLDER
+    root = Path(folder).expanduser().absolute() / FOLDER  # workers may stand in another folder
     try:
         root.mkdir(parents=True, exist_ok=True)
         found = _format(root / _MARK)
@@ -268,21 +281,12 @@ def _is_left_over(name: str) -> bool:
     return False
 
 
-def find_model(root: Path, model: Model, images: Tensor, logits: Tensor, *, new: bool) -> ModelEntry | None:
-    """Return the entry of a model whose identity is known and whose stored probe matches its fresh one.
+def model_key(model: Model, images: Tensor) -> str | None:
+    """Return the key of a model on this machine, or None where too little is known of it to keep its answers.
 
     Args:
-        root: The cache.
         model: The model, on its device.
         images: Probe images (up to 8).
-        logits: The model's fresh answers to them.
-        new: Make an entry where there is none.
-
-    Returns:
-        None where there is none, or where too little is known of the model to keep its answers.
-
-    Raises:
-        DataFileError: The entry cannot be written.
     """
     identity = model_identity(model)
     if identity is None:
@@ -292,27 +296,51 @@ def find_model(root: Path, model: Model, images: Tensor, logits: Tensor, *, new:
             model.model_name,
         )
         return None
-    key = _hash(identity, _machine(model.device), array_fingerprint([("", images)]), model.task)
-    fresh = Answers(logits.detach().to("cpu", torch.float32))
+    return _hash(identity, _machine(model.device), array_fingerprint([("", images)]), model.task)
+
+
+def find_model(root: Path, key: str, outputs: ModelOutputs, *, new: bool) -> ModelEntry | None:
+    """Return the entry of a model whose stored probe matches its fresh one, or None where there is none.
+
+    Args:
+        root: The cache.
+        key: The model's key.
+        outputs: The model's fresh answers to the probe images.
+        new: Make an entry where there is none.
+
+    Raises:
+        DataFileError: The entry cannot be written.
+    """
+    classes = outputs.logits.shape[1]
+    scores = {name: value.detach().cpu() for name, value in outputs.scores.items()}
+    fresh = Answers(outputs.logits.detach().to("cpu", torch.float32), scores)
     number = 0
     while True:
-        folder = root / (f"{_slug(model.model_name)}-{key[:20]}" + (f"-{number}" if number else ""))
+        folder = root / (key + (f"-{number}" if number else ""))
         if not folder.is_dir():
             if not new:
                 return None
             if _placed(folder, fresh):
-                return ModelEntry(folder, {}, logits.shape[1])
+                return ModelEntry(folder, {}, classes)
         stored = read_shard(folder / _PROBE)
-        if stored is not None and _same(stored.logits, fresh.logits):
-            return ModelEntry(folder, _facts(folder / _ABOUT), logits.shape[1])
+        if stored is not None and _same(stored, fresh):
+            return ModelEntry(folder, _facts(folder / _ABOUT), classes)
         if new:
             what = "its stored probe is damaged" if stored is None else "it answers otherwise than its stored probe"
-            logger.warning("cache: %s: %s; all is run again", model.model_name, what)
+            logger.warning("cache: the model is known, but %s; all is run again", what)
         number += 1
 
 
-def _same(stored: Tensor, fresh: Tensor) -> bool:
-    return stored.shape == fresh.shape and torch.allclose(stored, fresh, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
+def _same(stored: Answers, fresh: Answers) -> bool:
+    pairs = [(stored.logits, fresh.logits)]
+    if stored.scores.keys() != fresh.scores.keys():
+        return False
+    pairs += [(stored.scores[name], fresh.scores[name]) for name in fresh.scores]
+    return all(
+        one.shape == two.shape
+        and torch.allclose(one, two.to(one.dtype), rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
+        for one, two in pairs
+    )
 
 
 def _placed(folder: Path, probe: Answers) -> bool:
@@ -392,7 +420,7 @@ def _seen(shift: Shift, source: Source) -> str:
 
 def _condition_name(condition: Condition, identity: str, labels: str, seed: int) -> str:
     key = _hash(identity, repr(condition.severity), labels, seed)
-    return f"{_slug(condition.label)}@{condition.severity:g}-{key[:20]}"
+    return f"{_slug(condition.label.partition('#')[0])}@{condition.severity:g}-{key}"
 
 
 def _slug(text: str) -> str:

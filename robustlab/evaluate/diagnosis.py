@@ -55,6 +55,12 @@ class Diagnosis:
         """Nothing was found."""
         return not self.findings
 
+    def new(self, known: Diagnosis, role: str) -> Diagnosis:
+        """Return the findings of checks that found nothing in ``known``, with the set they were made on."""
+        found = {finding.check for finding in known.findings}
+        new = (finding for finding in self.findings if finding.check not in found)
+        return Diagnosis(tuple(Finding(item.check, f"On {role}: {item.text}", item.fix) for item in new))
+
     def merged(self, other: Diagnosis) -> Diagnosis:
         """Return both diagnoses as one; a check passed only if it found nothing in either."""
         findings = tuple(dict.fromkeys((*self.findings, *other.findings)))

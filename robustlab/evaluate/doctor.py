@@ -52,7 +52,7 @@ def doctor(
     probabilities taken for logits and the reverse; answers that depend on the batch, or differ from pass to pass;
     numbers of classes that do not fit; images or patients shared with ``train`` or ``val``; equal images with different
     labels; a model that always gives one answer. What an evaluation would refuse becomes a finding here. Up to 512
-    images go through the network, twice where mean and std are declared.
+    images of each set go through the network, twice where mean and std are declared.
 
     Args:
         model: A module, a callable, a wrapped model, a ``ModelSpec`` or a defence; moved to ``device`` in place.
@@ -83,6 +83,10 @@ def doctor(
         with _eval_mode(wrapped):
             capabilities, count = _probe(wrapped, source)
             seen = examine_model(wrapped, source, capabilities, was_training=was_training, thorough=True)
+            for role, other in (("val", validation), ("train", training)):  # where mistakes may show more
+                if other is not None and other.info.labels is not None:
+                    also = examine_model(wrapped, other, None, was_training=False, thorough=True)
+                    seen = seen.merged(also.new(seen, role))
         names = wrapped.class_names
     found = examine_data(source, val=validation, train=training, cluster=cluster, num_classes=count, thorough=True)
     return seen.merged(_check_names(names, source)).merged(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import Executor
 from contextlib import ExitStack
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from robustlab.core.errors import ConfigError, ModelError
+from robustlab.core.errors import ConfigError, ModelError, RobustlabWarning
 from robustlab.core.source import Source
 from robustlab.data.predictions import SavedPredictions
 from robustlab.metrics.store import PredictionStore
@@ -71,7 +72,7 @@ def predict_all(
             f"{inputs.model.model_name}, which adapts as it goes",
             "Leave executor= out.",
         )
-    chunk = batch_size or first_chunk(inputs.source, inputs.model.device)
+    chunk = batch_size or _known_chunk(inputs, preflight) or first_chunk(inputs.source, inputs.model.device)
     while True:
         passes = [(len(inputs.source), len(inputs.plan.conditions))]
         passes += [(len(source), 1) for source in (*inputs.ood.values(), *([inputs.val] if inputs.val else []))]
@@ -92,8 +93,27 @@ def predict_all(
                 ) from error
             logger.warning("memory ran out at %d samples a pass: trying %d", chunk, chunk // 2)
         chunk = max(2, chunk // 2)
+        _remember_chunk(inputs, preflight, chunk)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _known_chunk(inputs: Inputs, preflight: Preflight) -> int | None:
+    """Return the chunk that fitted into memory in an earlier run, whose answers are kept."""
+    chunks = {} if preflight.entry is None else preflight.entry.known.get("chunks", {})
+    found = chunks.get(inputs.source.content_fingerprint())
+    return found if isinstance(found, int) and found >= 2 else None
+
+
+def _remember_chunk(inputs: Inputs, preflight: Preflight, chunk: int) -> None:
+    if preflight.entry is None:
+        return
+    known = preflight.entry.known
+    try:
+        chunks = {**known.get("chunks", {}), inputs.source.content_fingerprint(): chunk}
+        preflight.entry.remember({**known, "chunks": chunks})
+    except OSError as error:
+        logger.warning("cache: the chunk size could not be kept: %s", error)
 
 
 def _look_up(inputs: Inputs, saved: SavedPredictions, cluster: str | None) -> Predictions:
@@ -136,6 +156,7 @@ class _Run:
         self.cluster = cluster
         self.chunk = chunk
         self.bar = bar
+        self.warned = False
         self.arena = Arena(None if self.entry is None else self.entry.folder)
         self.crew: Crew | None = None
         if executor is not None:
@@ -177,7 +198,7 @@ class _Run:
         if self.entry is not None:
             shelf = self.entry.shelf(source, spec, plan, chunk=self.chunk, seed=self.seed)
         job = Job(source, plan, spec, self.seed, self.chunk, shelf)
-        return predict_source(
+        done = predict_source(
             self.inputs.model,
             job,
             detectors=self.inputs.detectors,
@@ -186,6 +207,15 @@ class _Run:
             elsewhere=None if self.crew is None else (self.crew, lambda: self._packed(job)),
             bar=self.bar,
         )
+        if done.unkept and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"cache: answers can no longer be kept ({done.unkept}); the evaluation goes on, and what was kept stays "
+                "good. Free some space before the next run.",
+                RobustlabWarning,
+                stacklevel=6,
+            )
+        return done
 
     def _packed(self, job: Job) -> bytes:
         """Return the job as a message; the first one is tried out in a worker."""
@@ -196,7 +226,7 @@ class _Run:
         data = pack(job, self.spills, f"data {job.source.info.name!r} and shifts")
         message = pack((model, data, str(inputs.model.device), precision()), self.spills, "job")
         if not self.checked and inputs.probed is not None:
-            first, logits = inputs.probed
-            crew.check(message, pack(first.to("cpu"), self.spills, "images"), logits)
+            first, outputs = inputs.probed
+            crew.check(message, pack(first.to("cpu"), self.spills, "images"), outputs.logits)
             self.checked = True
         return message

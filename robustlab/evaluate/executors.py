@@ -6,7 +6,7 @@ import logging
 import multiprocessing
 import os
 import threading
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
@@ -21,7 +21,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from robustlab.core.errors import ConfigError, RangeError
+from robustlab.core.errors import ConfigError, ModelError, RangeError
 from robustlab.core.model import Model
 
 from .modelspec import ModelSpec
@@ -30,13 +30,19 @@ from .units import TRIES, Job, Unit, UnitResult, run_units
 
 logger = logging.getLogger("robustlab")
 
+_GROUP_BYTES = 1 << 24
+"""Answers that a worker returns at once."""
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _DEVICE: list[str] = []
 """In a worker of a pool with devices: the one that it owns."""
 
-_HELD: OrderedDict[bytes, tuple[Job, Model]] = OrderedDict()
+_MODELS: dict[bytes, Model] = {}
+_JOBS: dict[bytes, Job] = {}
+"""In a worker: the model and the job at hand, by their messages; one of each, since memory is scarce."""
+
 _LOCK = threading.Lock()
 
 
@@ -167,17 +173,18 @@ def check_worker(message: bytes, batch: bytes) -> Any:
 
 
 def _held(message: bytes) -> tuple[Job, Model]:
-    if message not in _HELD:
-        packed, data, device, settings = unpack(message)
-        model, job = unpack(packed), unpack(data)
+    packed, data, device, settings = unpack(message)
+    if packed not in _MODELS:
+        _MODELS.clear()
+        model = unpack(packed)
         if isinstance(model, ModelSpec):
             model = model.build()
-        set_precision(settings)
-        _HELD[message] = (job, model.to(_DEVICE[0] if _DEVICE else device))
-        while len(_HELD) > 2:
-            _HELD.popitem(last=False)
-    _HELD.move_to_end(message)
-    return _HELD[message]
+        _MODELS[packed] = model.to(_DEVICE[0] if _DEVICE else device)
+    set_precision(settings)
+    if data not in _JOBS:
+        _JOBS.clear()
+        _JOBS[data] = unpack(data)
+    return _JOBS[data], _MODELS[packed]
 
 
 def precision() -> tuple[str, bool, bool, bool]:
@@ -193,6 +200,16 @@ def set_precision(settings: tuple[str, bool, bool, bool]) -> None:
     cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = settings[1:]
 
 
+def _workers_of(executor: Executor) -> int:
+    """Return how many units an executor can run at a time."""
+    stated = getattr(executor, "workers", None) or getattr(executor, "_max_workers", None)
+    if isinstance(stated, int) and stated > 0:
+        return stated
+    client: Any = getattr(executor, "_client", None)  # Dask's
+    threads = client.nthreads() if hasattr(client, "nthreads") else {}
+    return max(1, sum(threads.values())) if threads else 8
+
+
 class Crew:
     """An executor with the number of its workers; units whose worker died are run again.
 
@@ -202,8 +219,7 @@ class Crew:
 
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
-        stated = getattr(executor, "workers", None) or getattr(executor, "_max_workers", None)
-        self.workers = stated if isinstance(stated, int) else 8
+        self.workers = _workers_of(executor)
         self._own: ProcessPool | None = None
 
     def __enter__(self) -> Crew:
@@ -222,12 +238,14 @@ class Crew:
         try:
             future = self._submit(check_worker, message, batch)
             found = torch.from_numpy(future.result())
+            if found.shape != logits.shape:
+                raise ModelError("worker", f"{tuple(logits.shape)} logits", f"{tuple(found.shape)}", "")
         except (BrokenExecutor, CancelledError) as error:
             raise ConfigError(
                 "executor",
                 "workers that start",
-                f"{type(error).__name__}: {error}",
-                "A script that uses processes must guard its work by: if __name__ == '__main__':",
+                f"{type(error).__name__}: {error}".rstrip("."),
+                "Workers import the script, so it must be a file whose work is guarded by: if __name__ == '__main__':",
             ) from error
         except Exception as error:  # whatever the worker's own code raised
             raise ConfigError(
@@ -251,6 +269,7 @@ class Crew:
         units: Sequence[Unit],
         done: Callable[[UnitResult], None],
         rest: Callable[[Unit], Unit | None],
+        unit_bytes: int,
     ) -> None:
         """Run units wherever there is room.
 
@@ -259,8 +278,9 @@ class Crew:
             units: What to run.
             done: Takes each result, also of units that were given up.
             rest: Takes a unit whose worker died and returns what of it the cache does not hold yet, or None.
+            unit_bytes: Size of one unit's answers, which come back together with those of its group.
         """
-        size = max(1, min(32, -(-len(units) // (4 * self.workers))))
+        size = max(1, min(_GROUP_BYTES // max(1, unit_bytes), -(-len(units) // (4 * self.workers))))
         fresh = deque(tuple(units[i : i + size]) for i in range(0, len(units), size))
         suspects: deque[tuple[Unit, ...]] = deque()
         deaths: Counter[int] = Counter()
@@ -316,7 +336,14 @@ class Crew:
     def _submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         try:
             return self.executor.submit(fn, *args, **kwargs)
-        except BrokenExecutor:
+        except BrokenExecutor as error:
+            if not isinstance(self.executor, ProcessPoolExecutor):
+                raise ConfigError(
+                    "executor",
+                    "one that outlives its workers",
+                    f"{type(error).__name__}: {error}",
+                    "Start it anew and evaluate again; with cache= what was run is kept.",
+                ) from error
             logger.warning("the executor broke and cannot start again: going on with ProcessPool(%d)", self.workers)
             self.executor = self._own = ProcessPool(self.workers)
             return self.executor.submit(fn, *args, **kwargs)

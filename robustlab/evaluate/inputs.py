@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from robustlab.core.attack import Attack
 from robustlab.core.checks import check_images, check_labels
@@ -30,7 +29,7 @@ from robustlab.core.model import Model, wrap
 from robustlab.core.registry import DETECTORS, METRICS
 from robustlab.core.shift import Shift
 from robustlab.core.source import Source
-from robustlab.core.types import Batch
+from robustlab.core.types import Batch, ModelOutputs
 from robustlab.data import load_data
 from robustlab.data.predictions import SavedPredictions
 
@@ -50,7 +49,7 @@ class Inputs:
     Args:
         model: The model, on its device.
         travels: What is sent to other processes in its place: the model itself, or its specification.
-        probed: Up to eight samples on the model's device, and its logits for them; None for saved predictions.
+        probed: Up to eight samples on the model's device, and its outputs for them; None for saved predictions.
         was_training: The network came in training mode.
         source: The test data.
         val: Validation data.
@@ -64,7 +63,7 @@ class Inputs:
 
     model: Model
     travels: Model | ModelSpec
-    probed: tuple[Batch, Tensor] | None
+    probed: tuple[Batch, ModelOutputs] | None
     was_training: bool
     source: Source
     val: Source | None
@@ -156,14 +155,14 @@ def load_inputs(
         plan = make_plan(resolve_shifts(shifts), severities, asked, source.info.spec)
     chosen = resolve_detectors(detectors)
     names = _metric_names(metrics)
+    source.refresh()
     for column in (*groups, *([cluster] if cluster else [])):
         source.column(column)
     if isinstance(model, ModelSpec) and model.task is None:
         model = dataclasses.replace(model, task=source.info.task)
     built = model.build() if isinstance(model, ModelSpec) else model
     wrapped = built if isinstance(built, Model) else wrap(built, task=source.info.task)
-    if device is None and isinstance(executor, ProcessPool) and executor.devices:
-        device = executor.devices[0]
+    device = _device_of(executor, device)
     _move(wrapped, device)
     was_training = any(module.training for root in wrapped.modules() for module in root.modules())
     probed = None
@@ -174,6 +173,7 @@ def load_inputs(
     _check_fit(wrapped, source)
     validation = None if val is None else load_data(val, split="val")
     if validation is not None:
+        validation.refresh()
         _check_labelled(validation, wrapped, "val")
         if validation.fingerprint() == source.fingerprint():
             warnings.warn(
@@ -192,6 +192,9 @@ def load_inputs(
             type(ood).__name__,
             "For example ood={'near/site-b': b, 'far/photos': photos}.",
         )
+    foreign = {name: load_data(other) for name, other in (ood or {}).items()}
+    for other in foreign.values():
+        other.refresh()
     return Inputs(
         model=wrapped,
         travels=model if isinstance(model, ModelSpec) else wrapped,
@@ -200,12 +203,29 @@ def load_inputs(
         source=source,
         val=validation,
         training=training,
-        ood={name: load_data(foreign) for name, foreign in (ood or {}).items()},
+        ood=foreign,
         plan=plan,
         detectors=chosen,
         metrics=names,
         groups=tuple(groups),
     )
+
+
+def _device_of(executor: Executor | None, device: str | torch.device | None) -> str | torch.device | None:
+    """Return where to run; a pool with devices decides, and none may contradict it."""
+    if not isinstance(executor, ProcessPool) or not executor.devices:
+        return device
+    kinds = {torch.device(name).type for name in executor.devices}
+    if device is not None:
+        kinds.add(torch.device(device).type)
+    if len(kinds) > 1:
+        raise ConfigError(
+            "evaluate_under_shift",
+            "one kind of device, since the last bits of answers differ between kinds",
+            " and ".join(sorted(kinds)),
+            "Leave device= out and give the pool devices of one kind.",
+        )
+    return executor.devices[0] if device is None else device
 
 
 def _check_class_names(model: Model, source: Source, validation: Source | None) -> None:
@@ -235,11 +255,11 @@ def _move(model: Model, device: str | torch.device | None) -> None:
         raise ConfigError("evaluate_under_shift", f"device {here}", f"{device!r}: {error}", "Leave it out.") from error
 
 
-def _try_model(model: Model, first: Batch) -> Tensor:
-    """Return the model's logits for a few images, so that a misfit shows before hours are spent."""
+def _try_model(model: Model, first: Batch) -> ModelOutputs:
+    """Return the model's outputs for a few images, so that a misfit shows before hours are spent."""
     shape = tuple(first.images.shape)
     try:
-        return model.predict(first).logits
+        return model.predict(first)
     except Exception as error:  # a network may fail in any way
         if isinstance(error, (RobustlabError, Warning)) or is_out_of_memory(error):
             raise

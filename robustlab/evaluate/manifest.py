@@ -197,7 +197,9 @@ def warnings_of(
             f"Preprocessing: mean {model.mean} and std {model.std} were read from the network's pretrained_cfg; if it "
             "was trained with others, every number here is off (wrap(net, mean=..., std=...))."
         )
-    if not capabilities.batch_independent or getattr(model, "order_dependent", False):
+    if not capabilities.deterministic:
+        out.append("Repeatability: two passes over the same images differ, so another run gives other numbers.")
+    elif not capabilities.batch_independent or getattr(model, "order_dependent", False):
         out.append("Single images: an answer depends on the images beside it, so all numbers hold for this order only.")
     numbers = {key: store for key, store in stores.items() if not store.answers_only}
     broken = {key: int((~store.finite).sum()) for key, store in numbers.items()}

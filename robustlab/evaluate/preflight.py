@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from robustlab.core.errors import DataFileError
 from robustlab.core.model import Capabilities, probe
 from robustlab.core.spec import array_fingerprint
 
-from .cache import ModelEntry, find_model, open_cache
+from .cache import ModelEntry, find_model, model_key, open_cache
 from .diagnosis import Diagnosis
 from .doctor import examine_data, examine_model
 from .inputs import Inputs
@@ -19,6 +19,8 @@ from .saved import SAVED_CAPABILITIES
 from .units import is_out_of_memory
 
 logger = logging.getLogger("robustlab")
+
+_FAILED = "images could not be read, or memory ran out"
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,11 +58,12 @@ def examine(inputs: Inputs, cache: str | Path | None, cluster: str | None) -> Pr
     )
     if inputs.probed is None:
         return Preflight(SAVED_CAPABILITIES, data, None)
-    first, logits = inputs.probed
+    first, outputs = inputs.probed
     root = None if cache is None else open_cache(cache)
-    entry = None if root is None else find_model(root, model, first.images, logits, new=False)
+    key = None if root is None else model_key(model, first.images)
+    entry = None if root is None or key is None else find_model(root, key, outputs, new=False)
     known = {} if entry is None else entry.known
-    examined = "" if root is None else _examined(inputs)
+    examined = "" if key is None else _examined(inputs)
     if entry is not None and {"capabilities", "diagnosis"} <= known.keys() and known.get("examined") == examined:
         diagnosis = Diagnosis.from_dict(known["diagnosis"])
         return Preflight(Capabilities(**known["capabilities"]), data.merged(diagnosis), entry)
@@ -70,18 +73,20 @@ def examine(inputs: Inputs, cache: str | Path | None, cluster: str | None) -> Pr
         lambda: examine_model(model, inputs.source, capabilities, was_training=inputs.was_training, thorough=False),
     )
     keeps = capabilities.deterministic and not getattr(model, "order_dependent", False)
-    if root is not None and not keeps:
-        logger.warning("cache: %s answers differently each time, or by order: nothing is kept", model.model_name)
-        entry = None
-    elif root is not None and entry is None:
-        entry = find_model(root, model, first.images, logits, new=True)
+    if root is None or key is None or not keeps:
+        if root is not None and not keeps:
+            logger.warning("cache: %s answers differently each time, or by order: nothing is kept", model.model_name)
+        return Preflight(capabilities, data.merged(diagnosis), None)
+    entry = entry or find_model(root, key, outputs, new=True)
     if entry is not None:
         facts = {
+            **known,
             "model": model.model_name,
-            "settings": {key: repr(value) for key, value in model.settings().items()},
+            "settings": {name: repr(value) for name, value in model.settings().items()},
             "capabilities": asdict(capabilities),
             "diagnosis": diagnosis.to_dict(),
-            "examined": examined,
+            # what could not be looked at is looked at again
+            "examined": "" if _FAILED in (reason for _, reason in diagnosis.skipped) else examined,
         }
         try:
             entry.remember(facts)
@@ -89,6 +94,7 @@ def examine(inputs: Inputs, cache: str | Path | None, cluster: str | None) -> Pr
             raise DataFileError(
                 f"cache={str(cache)!r}", "a folder that can be written", str(error), "Choose another."
             ) from error
+        entry = replace(entry, known=facts)
     return Preflight(capabilities, data.merged(diagnosis), entry)
 
 
@@ -106,4 +112,5 @@ def _attempt(check: str, call: Callable[[], Diagnosis]) -> Diagnosis:
     except Exception as error:
         if not isinstance(error, OSError) and not is_out_of_memory(error):
             raise
-        return Diagnosis(skipped=((check, f"{type(error).__name__}: {error}"),))
+        logger.warning("the doctor could not look at everything: %s", error)
+        return Diagnosis(skipped=((check, _FAILED),))

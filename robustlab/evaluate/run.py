@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from robustlab.core.detector import Detector
-from robustlab.core.errors import ModelError, RobustlabWarning
+from robustlab.core.errors import DataFileError, ModelError
 from robustlab.core.model import Model
 from robustlab.core.source import Source
 from robustlab.core.types import ModelOutputs
@@ -26,7 +25,7 @@ from robustlab.metrics.store import PredictionStore
 
 from .cache import Answers
 from .executors import Crew
-from .units import Job, Unit, UnitResult, is_out_of_memory, run_units, wanted_units
+from .units import Job, Unit, UnitResult, all_units, run_units
 
 logger = logging.getLogger("robustlab")
 
@@ -58,10 +57,12 @@ class Pass:
     Args:
         stores: Condition key to predictions; failed conditions are missing.
         failures: Condition label, or a range of samples, to the error text.
+        unkept: Why answers could not be written to the cache; empty if they were.
     """
 
     stores: Mapping[str, PredictionStore]
     failures: Mapping[str, str]
+    unkept: str = ""
 
 
 class ChunkTooLargeError(MemoryError):
@@ -86,9 +87,17 @@ class Arena:
         if size <= self.left or size == 0:
             self.left -= size
             return torch.empty(shape, dtype=dtype)
-        with tempfile.TemporaryFile(dir=self.folder) as file:
-            _reserve(file.fileno(), size)
-            raw = np.memmap(file, dtype=np.uint8, mode="r+", shape=(size,))
+        try:
+            with tempfile.TemporaryFile(dir=self.folder) as file:
+                _reserve(file.fileno(), size)
+                raw = np.memmap(file, dtype=np.uint8, mode="r+", shape=(size,))
+        except OSError as error:
+            raise DataFileError(
+                str(self.folder or tempfile.gettempdir()),
+                f"{size >> 20} MiB of space for predictions that do not fit into memory",
+                str(error),
+                "Free some space, or name a cache= on a larger disk.",
+            ) from error
         return torch.from_numpy(raw).view(dtype).reshape(shape)
 
 
@@ -145,12 +154,7 @@ class _Table:
             self.lost[result.start] = result.error
         if result.unkept and not self.unkept:
             self.unkept = result.unkept
-            warnings.warn(
-                f"cache: answers can no longer be kept ({result.unkept}); the evaluation goes on, and what was kept "
-                "stays good. Free some space before the next run.",
-                RobustlabWarning,
-                stacklevel=2,
-            )
+            logger.warning("cache: answers can no longer be kept (%s); the evaluation goes on", result.unkept)
 
     def rest(self, unit: Unit) -> Unit | None:
         """Read what the cache holds of a unit; return what is still to be run, or None."""
@@ -206,7 +210,7 @@ def predict_source(
                 table.tick()
             table.take(result)
 
-        crew.run(packed(), units, take, table.rest)
+        crew.run(packed(), units, take, table.rest, unit_bytes=4 * job.chunk * model.num_classes * len(units[0].wanted))
     else:
         run_units(job, model, units, table.take, table.tick)
     if len(table.lost) == len(job.starts()):
@@ -222,7 +226,7 @@ def predict_source(
 
 def _from_cache(job: Job, table: _Table) -> list[Unit]:
     """Put what the cache holds in place and return what is left."""
-    every = wanted_units(job, {})
+    every = all_units(job)
     if job.shelf is None:
         return every
     finished = job.shelf.finished()
@@ -240,7 +244,9 @@ def _from_cache(job: Job, table: _Table) -> list[Unit]:
 
 def _stores(table: _Table, model: Model, detectors: Mapping[str, Detector], cluster: str | None) -> Pass:
     job = table.job
-    failures = {label: text for label, (_, text) in table.broken.items()}
+    # in the order of the plan, whichever worker met them first
+    labels = dict.fromkeys(condition.label for condition in job.plan.conditions)
+    failures = {label: table.broken[label][1] for label in labels if label in table.broken}
     rows = None
     if table.lost:
         keep = torch.ones(len(job.source), dtype=torch.bool)
@@ -255,7 +261,7 @@ def _stores(table: _Table, model: Model, detectors: Mapping[str, Detector], clus
             stores[condition.key] = make_store(
                 job.source, model, logits, scores, detectors, cluster, arena=table.arena, rows=rows
             )
-    return Pass(stores, failures)
+    return Pass(stores, failures, table.unkept)
 
 
 def make_store(
@@ -333,15 +339,3 @@ def first_chunk(source: Source, device: torch.device) -> int:
 def forward_passes(counts: Sequence[tuple[int, int]], chunk: int) -> int:
     """Return the number of forward passes for (samples, conditions) pairs."""
     return sum(-(-samples // chunk) * conditions for samples, conditions in counts)
-
-
-__all__ = [
-    "Arena",
-    "Bar",
-    "ChunkTooLargeError",
-    "Pass",
-    "is_out_of_memory",
-    "make_store",
-    "predict_source",
-    "progress_bar",
-]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -123,7 +123,7 @@ def run_units(
                         if tick is not None:
                             tick()
                     break
-                except Exception as error:
+                except (Exception, SystemExit) as error:  # other people's code may call sys.exit
                     result.error = f"{type(error).__name__}: {error}"
                     result.out_of_memory = is_out_of_memory(error)
                     if result.out_of_memory:
@@ -172,6 +172,7 @@ class _Outbox:
 
     def __init__(self, shelf: Shelf | None, device: torch.device, done: Callable[[UnitResult], None]) -> None:
         self.shelf = shelf
+        self.device = device
         self.later = device.type == "cuda"
         self.done = done
         self._waiting: list[tuple[UnitResult, torch.cuda.Event]] = []
@@ -192,7 +193,7 @@ class _Outbox:
             self.done(result)
             return
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))  # the copies' stream, also on a GPU that is not current
         self._waiting.append((result, event))
         if len(self._waiting) > 1:
             self._send()
@@ -290,8 +291,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
 
 
-def wanted_units(job: Job, finished: Mapping[str, set[int]]) -> list[Unit]:
-    """Return the units of a job with the conditions that the cache does not hold; finished units are left out."""
-    keys = [condition.key for condition in job.plan.conditions]
-    units = (Unit(start, tuple(key for key in keys if start not in finished.get(key, ()))) for start in job.starts())
-    return [unit for unit in units if unit.wanted]
+def all_units(job: Job) -> list[Unit]:
+    """Return the units of a job, each with all conditions."""
+    keys = tuple(condition.key for condition in job.plan.conditions)
+    return [Unit(start, keys) for start in job.starts()]

@@ -26,7 +26,7 @@ COLUMNS = tuple(field.name for field in fields(Row))
 _FLOATS = frozenset(field.name for field in fields(Row) if field.type == "float")
 _INTS = frozenset(field.name for field in fields(Row) if field.type == "int")
 _RECORD, _INDEX, _TENSOR_FILE, _GALLERY = "report.json", "predictions.json", "predictions.safetensors", "gallery.json"
-_TRIES = 10
+_TRIES = 3
 _TENSORS = ("logits", "labels", "clusters")
 PictureData = tuple[str, float, bytes, str]
 

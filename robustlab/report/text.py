@@ -33,6 +33,8 @@ def _blocks(report: Report) -> Iterable[list[str]]:
     lines = [line for sentence in gaps for line in _wrap(sentence, "- ")]
     yield ["Not tested", *(lines or ["  not recorded"])]
     failures = manifest.get("failures") or []
+    notes = [line for note in data.get("notes") or [] for line in _wrap(str(note), "- ")]
+    yield ["Notes on the data", *notes] if notes else []
     if failures:
         lines = [line for item in failures for line in _wrap(f"{item['condition']}: {item['error']}", "- ")]
         yield ["Failed; run again to try these once more", *lines]

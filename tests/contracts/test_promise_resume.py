@@ -40,7 +40,7 @@ class Disk:
         write, move, make, rename = Path.write_bytes, Path.replace, Path.mkdir, Path.rename
 
         def write_bytes(path, data):
-            if not path.name.endswith(".part"):
+            if cache.FOLDER not in path.parts:
                 return write(path, data)
             self.point("before")
             write(path, data[: len(data) // 2])

@@ -34,7 +34,7 @@ _GLYPHS = {
     "gap": "▾",
     "better": "▲",
 }
-_FACTS = ("versions", "model", "data", "val", "ood", "frozen", "settings", "capabilities", "doctor")
+_FACTS = ("versions", "model", "data", "val", "ood", "frozen", "settings", "capabilities")
 _HISTOGRAMS = 6
 
 

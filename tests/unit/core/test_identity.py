@@ -123,7 +123,6 @@ def test_what_decides_answers_changes_the_identity(what):
         {"bounds": (0, 255)},
         {"output": "probs"},
         {"task": "multilabel"},
-        {"class_names": ["a", "b", "c"]},
         {"model_id": "2"},
     ],
 )

@@ -372,3 +372,11 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(MissingExtraError, match="pip install pyarrow"):
         load_predictions(tmp_path / "a.parquet")
+
+
+def test_probabilities_that_do_not_sum_to_one_are_refused(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    path.write_text('{"id": 0, "probs": [0.9, 0.1]}\n{"id": 1, "probs": [0.9, 0.9]}\n')
+    with pytest.raises(ModelError, match="1 rows that do not"):
+        load_predictions(path, task="multiclass")
+    assert load_predictions(path, task="multilabel").num_classes == 2

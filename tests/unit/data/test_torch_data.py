@@ -153,3 +153,21 @@ def test_bad_items(make, kind, message):
 def test_empty_datasets():
     with pytest.raises(ShapeError, match="empty"):
         load_data(Subset(TensorDataset(UNIT), []))
+
+
+def test_every_image_of_a_large_dataset_has_a_part_in_its_content(monkeypatch):
+    monkeypatch.setattr("robustlab.data.torch_data.MEMORY_BYTES", 0)
+
+    class Pictures(torch.utils.data.Dataset):
+        def __init__(self, odd=None):
+            self.odd = odd
+
+        def __len__(self):
+            return 200
+
+        def __getitem__(self, i):
+            return torch.full((1, 4, 4), (i % 7) / 10 + (0.05 if i == self.odd else 0)), i % 2
+
+    prints = [load_data(Pictures(odd), name="x").content_fingerprint() for odd in (None, None, 38, 39)]
+    assert len(set(prints)) == 3
+    assert prints[0] == prints[1]

@@ -14,6 +14,7 @@ import robustlab
 from corruptions import Compose, FromAlbumentations, Gamma, GaussianNoise
 from defenses import TemperatureScaling
 from robustlab.core.corruption import Corruption
+from robustlab.core.defense import Defense
 from robustlab.core.levels import Levels
 from robustlab.core.registry import CORRUPTIONS
 from robustlab.core.shift import Shift
@@ -33,6 +34,8 @@ from tests.helpers_resume import (
     saved,
     shards,
 )
+
+from .engine_toys import Hungry, wrapped
 
 VAL = {"clean": 2}
 
@@ -112,7 +115,6 @@ MODELS = {
     "size": lambda: normed(size=SIZE),
     "bounds": lambda: normed(bounds=(0, 1 + 1e-9)),
     "output": lambda: normed(output=None),
-    "names": lambda: normed(class_names=("a", "b", "c")),
     "temperature": lambda: TemperatureScaling(normed(), temperature=1.0 + 1e-9),
 }
 
@@ -129,6 +131,84 @@ def test_another_model_recomputes_everything(what, tmp_path):
     assert again(tmp_path, normed(), **options)[0] == {}, "the first one is still there"
 
 
+def test_names_decide_no_answer(tmp_path):
+    options = {"shifts": (Gamma(),), "severities": (1,), "attacks": ()}
+    assert again(tmp_path, normed(), **options)[0]
+    assert again(tmp_path, normed(class_names=("a", "b", "c"), name="another"), **options)[0] == {}
+
+
+class Remembers(Defense):
+    """A defence whose own score is its distance from what it was fitted on."""
+
+    name = "test-remembers"
+
+    def __init__(self, bank):
+        self.inner = normed()
+        self._bank = torch.tensor([float(bank)])
+        self.notes = Box(bank)
+
+    task = "multiclass"
+    num_classes = 3
+
+    def modules(self):
+        return self.inner.modules()
+
+    def settings(self):
+        return {}
+
+    def outputs(self, batch):
+        outputs = self.inner.outputs(batch)
+        distance = (batch.images.mean((1, 2, 3)) - self._bank).abs()
+        return dataclasses.replace(outputs, scores={"distance": distance})
+
+    def fit(self, train, val):
+        return self
+
+    def save(self, folder):
+        raise NotImplementedError
+
+
+class Box:
+    def __init__(self, value):
+        self.value = value
+
+
+@pytest.mark.parametrize("part", ["_bank", "notes", None])
+def test_a_defence_that_was_fitted_anew_is_another_model(part, tmp_path, monkeypatch):
+    """By its private array, by an object that it holds, and, where no hash could tell, by the probe's scores."""
+    options = {"shifts": (Gamma(),), "severities": (1,), "attacks": (), "detectors": ("msp",)}
+    first, second = Remembers(0.25), Remembers(0.75)
+    if part == "_bank":
+        second.notes = first.notes
+    elif part == "notes":
+        second._bank = first._bank
+    else:
+        monkeypatch.setattr("robustlab.core.identity._word", lambda value, above=None: "")
+    assert again(tmp_path, first, **options)[0]
+    written, _, report = again(tmp_path, second, **options)
+    assert written
+    score = report.predictions["clean"].scores["distance"]
+    assert torch.allclose(score[:8], second.predict(source(count=24).read(range(8))).scores["distance"])
+
+
+def test_images_that_change_in_place_are_noticed(tmp_path):
+    data = source(count=24)
+    options = {"shifts": (Gamma(),), "severities": (1,), "attacks": (), "val": None, "data": data}
+    assert again(tmp_path, normed(), **options)[0]
+    assert again(tmp_path, normed(), **options)[0] == {}
+    data.images[20] = 255 - data.images[20]
+    assert again(tmp_path, normed(), **options)[0] == {"clean": 3, "gamma@1": 3}
+
+
+def test_a_chunk_that_was_found_is_used_again(tmp_path):
+    options = {"shifts": (Gamma(),), "severities": (1,), "attacks": (), "batch_size": None}
+    first = again(tmp_path, wrapped(Hungry(9)), **options)
+    assert first[2].manifest["chunk"] <= 9
+    written, _, report = again(tmp_path, wrapped(Hungry(9)), **options)
+    assert written == {}
+    assert report.manifest["chunk"] == first[2].manifest["chunk"]
+
+
 def test_another_temperature_recomputes_everything(tmp_path):
     def run(number):
         return again(tmp_path, TemperatureScaling(model(), temperature=number))[0]
@@ -138,6 +218,8 @@ def test_another_temperature_recomputes_everything(tmp_path):
 
 def test_another_chunk_recomputes_everything(place):
     assert again(place, batch_size=6)[0] == {"clean": 4 + 3, **dict.fromkeys([*MAIN, *PERTURBED], 4)}
+    for size in (24, 32):  # one pass each, but of another size
+        assert again(place, batch_size=size)[0] == {"clean": 2, **dict.fromkeys([*MAIN, *PERTURBED], 1)}
 
 
 # ---- what changes a part
@@ -173,6 +255,10 @@ def test_another_seed_recomputes_what_is_drawn_from_it(place):
 
 def test_a_severity_more_is_computed_alone(place):
     assert again(place, severities=(1, 2, 3))[0] == {"gaussian-noise@2": 3, "gamma@2": 3}
+
+
+def test_severities_of_the_same_name_are_told_apart(place):
+    assert again(place, severities=(1 + 1e-9, 3))[0] == {"gaussian-noise@1": 3, "gamma@1": 3}
 
 
 def relabelled():

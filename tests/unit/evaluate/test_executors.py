@@ -7,6 +7,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -16,7 +17,7 @@ import robustlab
 from robustlab.core.errors import ConfigError, KindError, ModelError, RangeError
 from robustlab.corruptions import PGD
 from robustlab.evaluate import executors
-from tests.contracts.toys import ATTACK, Small, source
+from tests.contracts.toys import ATTACK, Small, pixels, source
 
 from .engine_toys import COUNT, Dangerous, Hungry, Pickling, Unreadable, assert_same, evaluate, wrapped
 
@@ -272,3 +273,18 @@ def test_the_recipe_for_ray_works(monkeypatch, here):
     with recipe("ray")["RayExecutor"](2, num_gpus=1) as executor:
         assert_same(here, evaluate(attacks=ATTACK, executor=executor))
     assert seen[0] == {"num_gpus": 1}
+
+
+def test_grey_files_have_one_layout_everywhere(pool, tmp_path):
+    """An axis of length 1 may have any stride, and a convolution chooses its kernel by strides."""
+    images, _ = pixels(count=COUNT)
+    np.savez(tmp_path / "grey.npz", test_images=images[..., 0], test_labels=np.arange(COUNT)[:, None] % 3)
+    data = robustlab.load_data(tmp_path / "grey.npz")
+    assert data.read(range(4)).images.stride() == (144, 144, 12, 1)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 16, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(16, 8, 3, 2), torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(32, 3),
+    ).eval()  # fmt: skip
+    model = robustlab.wrap(net, output="logits")
+    settings = {"val": None, "ood": None}
+    assert_same(evaluate(model, data, **settings), evaluate(model, data, executor=pool, **settings))

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import robustlab
+from robustlab.core.errors import DataFileError
 from robustlab.evaluate import run, units
 from robustlab.evaluate.plan import make_plan, resolve_shifts
 from robustlab.evaluate.run import Arena
@@ -39,7 +40,7 @@ def test_a_full_disk_is_an_error_and_not_a_crash(monkeypatch, tmp_path):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.posix_fallocate", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(DataFileError, match="No space"):
         Arena(tmp_path, budget=0).empty((10, 10), torch.float32)
 
 
@@ -127,11 +128,9 @@ def test_scores_of_a_model_travel_with_its_logits():
     assert any(row.scorer == "mutual-information" and np.isfinite(row.value) for row in report.rows)
 
 
-def test_the_units_of_a_job_are_what_the_cache_lacks():
+def test_the_units_of_a_job_cover_every_sample_and_condition():
     data = source(count=20)
     plan = make_plan(resolve_shifts("gamma"), (1, 5), (), data.info.spec)
     job = units.Job(data, plan, data.info.spec, 0, 8, None)
-    every = units.wanted_units(job, {})
+    every = units.all_units(job)
     assert [(unit.start, len(unit.wanted)) for unit in every] == [(0, 3), (8, 3), (16, 3)]
-    left = units.wanted_units(job, {"clean": {0, 8, 16}, "gamma@1": {8}, "gamma@5": {8, 16}})
-    assert [(unit.start, unit.wanted) for unit in left] == [(0, ("gamma@1", "gamma@5")), (16, ("gamma@1",))]

@@ -73,7 +73,9 @@ def test_small_things_need_no_file(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("value", [lambda: 1, torch.jit.script(nn.ReLU()), (i for i in range(3))], ids=repr)
+@pytest.mark.parametrize(
+    "value", [lambda: 1, torch.jit.script(nn.ReLU()), (i for i in range(3))], ids=["lambda", "torchscript", "generator"]
+)
 def test_what_cannot_travel_says_so(value, tmp_path):
     with pytest.raises(ConfigError, match="model 'x'") as caught:
         pack(value, tmp_path, "model 'x'")
