@@ -59,6 +59,8 @@ class Source(ABC):
     info: SourceInfo
     in_memory: bool = False
     thread_safe: bool = False
+    _fingerprint: str | None = None
+    _content: str | None = None
 
     @abstractmethod
     def pixels(self, index: Sequence[int]) -> Tensor:
@@ -102,7 +104,7 @@ class Source(ABC):
 
         Of sources that decode when read, 64 samples stand for all pixels.
         """
-        stored: str | None = getattr(self, "_fingerprint", None)
+        stored = self._fingerprint
         if stored is None:
             info = self.info
             facts = torch.tensor(list(repr((info.spec, info.class_names, info.task)).encode()), dtype=torch.uint8)
@@ -118,7 +120,7 @@ class Source(ABC):
         Labels, names and group columns have no part in it. Of sources that decode when read, 64 samples and
         ``state`` stand for all pixels.
         """
-        stored: str | None = getattr(self, "_content", None)
+        stored = self._content
         if stored is None:
             facts = repr((self.info.spec, self.state())).encode()
             head = [("ids", self.info.ids), ("facts", torch.tensor(list(facts), dtype=torch.uint8))]
@@ -128,8 +130,8 @@ class Source(ABC):
 
     def refresh(self) -> None:
         """Forget hashes that were taken: the stored images may have changed since."""
-        self.__dict__.pop("_fingerprint", None)
-        self.__dict__.pop("_content", None)
+        self._fingerprint = None
+        self._content = None
 
     def state(self) -> str:
         """Return what else tells, without decoding, that stored images have changed, e.g. sizes and dates of files."""

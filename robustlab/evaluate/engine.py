@@ -210,8 +210,8 @@ class _Run:
         if done.unkept and not self.warned:
             self.warned = True
             warnings.warn(
-                f"cache: answers can no longer be kept ({done.unkept}); the evaluation goes on, and what was kept stays "
-                "good. Free some space before the next run.",
+                f"cache: answers can no longer be kept ({done.unkept}); the evaluation goes on, and what was kept "
+                "stays good. Free some space before the next run.",
                 RobustlabWarning,
                 stacklevel=6,
             )
