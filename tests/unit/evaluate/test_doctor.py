@@ -631,3 +631,16 @@ def test_a_better_reading_must_also_be_good():
     assert good.second_is_right()
     flat = rules.Comparison.of(labels, labels == 9, labels >= 0, torch.full((200,), 0.52), 2)
     assert not flat.second_is_right()
+
+
+def test_what_shows_on_other_labelled_sets_only_is_found_there(trained):
+    net, train, test = trained
+
+    def normalised_inside(x):
+        return net((x - 0.5) / 0.25)
+
+    model = robustlab.wrap(normalised_inside, task="binary", output="logits", mean=0.5, std=0.25)
+    few = subset(test, range(4))
+    assert robustlab.doctor(model, few).healthy
+    finding = only(robustlab.doctor(model, few, train=train), "double-normalisation")
+    assert finding.text.startswith("On train: ")
