@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from robustlab.core.errors import ConfigError, DataFileError, ModelError
+from robustlab.core.errors import DataFileError, ModelError
 from robustlab.core.model import Capabilities, Model, probe, wrap
 from robustlab.core.source import Source
 from robustlab.data import load_data
@@ -30,6 +30,7 @@ from .doctor_checks import (
 )
 from .doctor_data import data_outcomes
 from .doctor_passes import Evidence, tolerant
+from .inputs import move
 from .modelspec import ModelSpec
 from .units import is_out_of_memory
 
@@ -78,7 +79,7 @@ def doctor(
         seen = Diagnosis.of([("forward-pass", "saved predictions cannot be run on images")])
         names, count = wrapped.class_names, None
     else:
-        _move(wrapped, device)
+        move(wrapped, device, "doctor")
         was_training = _is_training(wrapped)
         with _eval_mode(wrapped):
             capabilities, count = _probe(wrapped, source)
@@ -236,15 +237,3 @@ def _eval_mode(model: Model) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _move(model: Model, device: str | torch.device | None) -> None:
-    if device is None:
-        return
-    try:
-        model.to(torch.device(device))
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for a device
-        if is_out_of_memory(error):
-            raise
-        here = "'cpu' or 'cuda'" if torch.cuda.is_available() else "'cpu'"
-        raise ConfigError("doctor", f"device {here}", f"{device!r}: {error}", "Leave it out.") from error

@@ -163,7 +163,7 @@ def load_inputs(
     built = model.build() if isinstance(model, ModelSpec) else model
     wrapped = built if isinstance(built, Model) else wrap(built, task=source.info.task)
     device = _device_of(executor, device)
-    _move(wrapped, device)
+    move(wrapped, device, "evaluate_under_shift")
     was_training = any(module.training for root in wrapped.modules() for module in root.modules())
     probed = None
     if not isinstance(wrapped, SavedPredictions):
@@ -243,7 +243,12 @@ def _check_class_names(model: Model, source: Source, validation: Source | None) 
             )
 
 
-def _move(model: Model, device: str | torch.device | None) -> None:
+def move(model: Model, device: str | torch.device | None, who: str) -> None:
+    """Move a model to a device, in place; None leaves it where it is.
+
+    Raises:
+        ConfigError: There is no such device.
+    """
     if device is None:
         return
     try:
@@ -252,7 +257,7 @@ def _move(model: Model, device: str | torch.device | None) -> None:
         if is_out_of_memory(error):
             raise
         here = "'cpu' or 'cuda'" if torch.cuda.is_available() else "'cpu'"
-        raise ConfigError("evaluate_under_shift", f"device {here}", f"{device!r}: {error}", "Leave it out.") from error
+        raise ConfigError(who, f"device {here}", f"{device!r}: {error}", "Leave it out.") from error
 
 
 def _try_model(model: Model, first: Batch) -> ModelOutputs:
