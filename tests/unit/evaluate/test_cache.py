@@ -184,6 +184,8 @@ def test_a_defence_that_was_fitted_anew_is_another_model(part, tmp_path, monkeyp
         second._bank = first._bank
     else:
         monkeypatch.setattr("robustlab.core.identity._word", lambda value, above=None: "")
+    if part is not None:  # the key alone has to notice
+        monkeypatch.setattr("robustlab.evaluate.cache._same", lambda stored, fresh: True)
     assert again(tmp_path, first, **options)[0]
     written, _, report = again(tmp_path, second, **options)
     assert written
@@ -200,12 +202,15 @@ def test_images_that_change_in_place_are_noticed(tmp_path):
     assert again(tmp_path, normed(), **options)[0] == {"clean": 3, "gamma@1": 3}
 
 
-def test_a_chunk_that_was_found_is_used_again(tmp_path):
+def test_a_chunk_that_was_found_is_used_again(tmp_path, caplog):
     options = {"shifts": (Gamma(),), "severities": (1,), "attacks": (), "batch_size": None}
     first = again(tmp_path, wrapped(Hungry(9)), **options)
     assert first[2].manifest["chunk"] <= 9
+    assert "memory ran out" in caplog.text
+    caplog.clear()
     written, _, report = again(tmp_path, wrapped(Hungry(9)), **options)
     assert written == {}
+    assert "memory ran out" not in caplog.text
     assert report.manifest["chunk"] == first[2].manifest["chunk"]
 
 
