@@ -6,8 +6,7 @@ import copy
 import os
 import random
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -20,6 +19,7 @@ from robustlab.core.errors import KindError, RangeError, ShapeError
 from robustlab.core.rng import stable_hash
 from robustlab.core.shift import Shift, ShiftContext
 from robustlab.core.types import Batch, ImageSpec
+from robustlab.data.torch_data import same_random_state
 
 
 def _albumentations() -> Any:
@@ -28,18 +28,6 @@ def _albumentations() -> Any:
     import albumentations
 
     return albumentations
-
-
-@contextmanager
-def _forked_global_state() -> Iterator[None]:
-    """Restore the global random states of Python, NumPy and torch, which foreign code may read and change."""
-    python, numpy, torch_state = random.getstate(), np.random.get_state(), torch.random.get_rng_state()  # noqa: NPY002
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-        torch.random.set_rng_state(torch_state)
 
 
 def _set_global_state(seed: int) -> None:
@@ -120,7 +108,7 @@ class FromAlbumentations(Shift):
         pixels = (images * 255).round_().to("cpu", torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
         transform = self._at(severity)
         changed = np.empty_like(pixels)
-        with _forked_global_state():
+        with same_random_state():
             for place, seed in enumerate(draws.tolist()):
                 changed[place] = self._one(transform, pixels[place], seed)
         stored = torch.from_numpy(changed).permute(0, 3, 1, 2).contiguous().to(images.device, torch.float32)
