@@ -26,7 +26,7 @@ from robustlab.core.levels import Levels
 from robustlab.core.model import wrap
 from robustlab.core.registry import CORRUPTIONS, SUITES
 from robustlab.core.rng import SampleRng
-from robustlab.core.shift import Shift, ShiftContext, quantize
+from robustlab.core.shift import Shift, ShiftContext, as_stored
 from robustlab.data import RadiographPhantom
 from robustlab.data.radiograph import MARKER_GREY, marker_stamps
 from robustlab.evaluate import evaluate_under_shift
@@ -195,7 +195,8 @@ def _true_accuracy(model: Any, source: Any, shifts: tuple[Shift, ...], seed: int
         batch = source.read(rows)
         for shift in (None, *shifts):
             changed = batch if shift is None else shift.on(batch, SEVERITIES[-1], ctx)
-            answers = model.predict(changed.replace(quantize(changed.images, ctx.spec))).logits.argmax(1)
+            stored = changed.images if shift is None else as_stored(shift, changed.images, ctx.spec)
+            answers = model.predict(changed.replace(stored)).logits.argmax(1)
             key = "clean" if shift is None else shift.label
             chance = posterior[rows].gather(1, answers[:, None]).sum()
             totals[key] = totals.get(key, 0.0) + float(chance)

@@ -10,8 +10,13 @@ from .levels import MAX_SEVERITY
 from .types import Task
 
 
-def check_images(images: Tensor, who: str) -> None:
+def check_images(images: Tensor, who: str, *, bytes_too: bool = False) -> None:
     """Check images at an entrance of the library.
+
+    Args:
+        images: What a caller gave.
+        who: Name used in the message.
+        bytes_too: uint8 images are welcome as well.
 
     Raises:
         KindError: Not a floating point tensor.
@@ -25,10 +30,11 @@ def check_images(images: Tensor, who: str) -> None:
             type(images).__name__,
             "Convert it, e.g. torch.from_numpy(array).",
         )
-    if not images.is_floating_point():
+    whole = bytes_too and images.dtype == torch.uint8
+    if not images.is_floating_point() and not whole:
         raise KindError(
             who,
-            "float images in [0, 1]",
+            "uint8 images or float images in [0, 1]" if bytes_too else "float images in [0, 1]",
             f"{str(images.dtype).removeprefix('torch.')}",
             "Divide 8-bit images by 255: images.float() / 255.",
         )
@@ -37,6 +43,8 @@ def check_images(images: Tensor, who: str) -> None:
         raise ShapeError(who, "images of shape (N, C, H, W)", f"shape {tuple(images.shape)}", f"{hint}.")
     if images.numel() == 0:
         raise ShapeError(who, "at least one image and pixel", f"shape {tuple(images.shape)}", "The batch is empty.")
+    if whole:
+        return
     low, high = images.detach().aminmax()
     if not torch.isfinite(low + high):
         raise RangeError(who, "finite pixels", "NaN or infinite pixels", "Repair or drop those images.")

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 C = TypeVar("C")
 
-_NAME = re.compile(r"^([a-z0-9]+:)?[a-z0-9]+(-[a-z0-9]+)*$")
+_KEBAB = r"[a-z0-9]+(-[a-z0-9]+)*"
+_NAME = re.compile(rf"^([a-z0-9]+:)?{_KEBAB}(/{_KEBAB})?$")
 
 
 class Registry(Generic[T]):

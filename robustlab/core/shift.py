@@ -91,6 +91,21 @@ class Shift(ABC):
         return self.name
 
     @property
+    def stages(self) -> tuple[str, ...]:
+        """Where in the making of an image it acts, in order (see ``corruption.STAGES``); empty if unknown."""
+        return ()
+
+    @property
+    def storable(self) -> bool:
+        """Results are images in [0, 1] and are rounded to the source's bit depth; others are evaluated as they are."""
+        return True
+
+    @property
+    def takes_bytes(self) -> bool:
+        """``perform`` also takes batches of uint8 images, and returns uint8."""
+        return False
+
+    @property
     def cacheable(self) -> bool:
         """Name, version and fields say all there is to know, so results may be kept between runs."""
         return True
@@ -108,21 +123,41 @@ class Shift(ABC):
         """Return shifted images.
 
         Args:
-            images: float (N, C, H, W) in [0, 1].
+            images: (N, C, H, W), uint8, or float in [0, 1].
             severity: 0 (identity) to 5.
             seed: Seed of the draws.
             ids: int64 (N,) stable sample ids; without them, samples are keyed by their pixels.
 
+        Returns:
+            Images of the same shape and dtype; uint8 ones are rounded once, at the end.
+
         Raises:
-            KindError: The images are no float tensor, or the ids no tensor of integers.
+            KindError: The images are no tensor of bytes or floats, or the ids no tensor of integers.
             ShapeError: The images are not (N, C, H, W).
             RangeError: The pixels leave [0, 1], or the severity leaves [0, 5].
         """
-        check_images(images, repr(self))
+        check_images(images, repr(self), bytes_too=True)
         if ids is not None and (not isinstance(ids, Tensor) or ids.dtype != torch.int64):
             raise KindError(repr(self), "ids as an int64 tensor", f"{ids!r}", "Use torch.tensor(ids) on integers.")
-        keys = content_ids(images) if ids is None else ids.to(images.device)
-        return self.on(Batch(images=images, labels=None, ids=keys), severity, ShiftContext(seed=seed)).images
+        ctx = ShiftContext(seed=seed)
+        whole = images.dtype == torch.uint8
+        given = from_bytes(images) if whole and (ids is None or not self.takes_bytes) else images
+        keys = content_ids(given) if ids is None else ids.to(images.device)
+        if whole and self.takes_bytes:
+            given = images
+        changed = self.on(Batch(images=given, labels=None, ids=keys), severity, ctx).images
+        return to_bytes(changed) if whole and changed.dtype != torch.uint8 else changed
+
+
+def from_bytes(pixels: Tensor) -> Tensor:
+    """Return uint8 images as float32 in [0, 1]: the stored value divided by 255, correctly rounded."""
+    # a tensor, since CUDA would multiply by the reciprocal of a Python number and miss the value by a digit
+    return pixels.to(torch.float32).div_(torch.full((), 255.0, device=pixels.device))
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Return images as uint8, clipped to [0, 1] and rounded half to even."""
+    return images.to(torch.float32).clamp(0, 1).mul_(255).round_().to(torch.uint8)
 
 
 def quantize(images: Tensor, spec: ImageSpec | None) -> Tensor:
@@ -132,9 +167,13 @@ def quantize(images: Tensor, spec: ImageSpec | None) -> Tensor:
     """
     if spec is None or spec.bits is None:
         return images
-    # a tensor, since CUDA would multiply by the reciprocal of a Python number and miss the stored value by a digit
     top = torch.full((), float((1 << spec.bits) - 1), device=images.device)
     return torch.round(images.to(torch.float32) * top).div_(top)
+
+
+def as_stored(shift: Shift, images: Tensor, spec: ImageSpec | None) -> Tensor:
+    """Return a shift's results as they are evaluated: as a source of this bit depth would store them, where it can."""
+    return quantize(images, spec) if shift.storable else images
 
 
 def luma(images: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ def write_corrupted(
         raise DataFileError(
             who, "a folder that can be written", f"{type(error).__name__}: {error}", "Choose another."
         ) from error
-    reasons = [shift.skip_reason(source.info.spec) for shift in shifts]
+    reasons = [shift.skip_reason(source.info.spec) or _unstorable(shift) for shift in shifts]
     plan = _plan([s for s, why in zip(shifts, reasons, strict=True) if why is None], levels, folder, format)
     head = _head(source, shifts, reasons, levels, seed, format)
     entries = _finished(folder, head, plan)
@@ -166,6 +166,10 @@ def _plan(shifts: Sequence[Shift], severities: Sequence[float], folder: Path, fo
             _Condition(shift, severity, folder / f"{stem}_s{severity:g}{suffix}", label) for severity in severities
         )
     return plan
+
+
+def _unstorable(shift: Shift) -> str | None:
+    return None if shift.storable else "its values leave [0, 1], which files of this kind cannot hold"
 
 
 def _config(shift: Shift) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from robustlab.core.attack import Attack
 from robustlab.core.model import Model
-from robustlab.core.shift import ShiftContext, quantize
+from robustlab.core.shift import ShiftContext, as_stored
 from robustlab.core.source import Source
 from robustlab.metrics.store import PredictionStore
 from robustlab.report.report import Picture
@@ -48,7 +48,7 @@ def make_gallery(
             continue
         draws = sweep.shift.prepare(batch, ctx)
         for condition in sweep.conditions:
-            images = quantize(sweep.shift.perform(batch, draws, condition.severity, ctx).images, ctx.spec)
+            images = as_stored(sweep.shift, sweep.shift.perform(batch, draws, condition.severity, ctx).images, ctx.spec)
             png = encode_png(images[0])
             pictures.append(Picture(condition.label, condition.severity, png, answer(condition.key)))
     return tuple(pictures)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from robustlab.core.errors import ConfigError
 from robustlab.core.model import Model
-from robustlab.core.shift import ShiftContext, luma, quantize
+from robustlab.core.shift import ShiftContext, as_stored, luma, quantize
 from robustlab.core.source import Source
 from robustlab.core.types import Batch, ImageSpec, ModelOutputs
 
@@ -153,7 +153,7 @@ def answers_of(
                 draws = sweep.shift.prepare(batch, ctx)
                 while left:
                     shifted = sweep.shift.perform(batch, draws, left[0].severity, ctx)
-                    yield left[0].key, model.predict(shifted.replace(quantize(shifted.images, job.spec)))
+                    yield left[0].key, model.predict(shifted.replace(as_stored(sweep.shift, shifted.images, job.spec)))
                     left.pop(0)
             except Exception as error:
                 if is_out_of_memory(error):
