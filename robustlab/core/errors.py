@@ -86,5 +86,9 @@ class ShadowError(RobustlabError, ImportError):
     """Another module hides one of robustlab's own packages."""
 
 
+class ContractError(RobustlabError, AssertionError):
+    """A user's corruption, attack, detector or defence breaks a promise that all of its kind make."""
+
+
 class RobustlabWarning(UserWarning):
     """Category of all warnings of this package."""

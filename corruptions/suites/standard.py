@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from corruptions.blur import DefocusBlur
+from corruptions.compression import JPEG
+from corruptions.contrast import ContrastLoss, Gamma
+from corruptions.noise import GaussianNoise, PoissonNoise
+from corruptions.resolution import DownUpSampling, Pixelate
+from corruptions.staining import StainShift
 from robustlab.core.registry import SUITES
 from robustlab.core.shift import Shift
-
-from .blur import DefocusBlur
-from .compression import JPEG
-from .contrast import ContrastLoss, Gamma
-from .noise import GaussianNoise, PoissonNoise
-from .resolution import DownUpSampling, Pixelate
-from .staining import StainShift
 
 
 @SUITES.register("standard")

@@ -1,0 +1,303 @@
+"""Contract kit: checks for people who write their own corruption."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import pickle
+import random
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from robustlab.core.corruption import STAGES, Corruption
+from robustlab.core.errors import ContractError
+from robustlab.core.registry import CORRUPTIONS
+from robustlab.core.rng import SampleRng
+from robustlab.core.shift import ShiftContext, from_bytes, to_bytes
+from robustlab.core.spec import canonical_json, from_dict
+from robustlab.core.types import Batch, ImageSpec
+
+__all__ = ["ContractError", "check_corruption", "textured"]
+
+SIZES = ((1, 1), (1, 7), (28, 28), (31, 33), (64, 64), (221, 219))
+DTYPES = (torch.float16, torch.float32, torch.float64)
+
+
+def textured(count: int, channels: int, height: int, width: int, seed: int = 0) -> Tensor:
+    """Return images with structure at several scales, on 8-bit levels like a decoded file.
+
+    Args:
+        count: Number of images.
+        channels: Channels of each.
+        height: In pixels.
+        width: In pixels.
+        seed: Of the texture.
+
+    Returns:
+        float32 (count, channels, height, width) in [0, 1].
+    """
+    rng = SampleRng.make(seed, "textured", torch.arange(count))
+    total = 0.03 * rng.uniform("fine", (channels, height, width))
+    for cells in (3, 9, 27):
+        coarse = rng.uniform(f"cells {cells}", (channels, cells, cells))
+        total = total + interpolate(coarse, (height, width), mode="bicubic") * (1.6 / 3)
+    return from_bytes(to_bytes(total - 0.25))
+
+
+def check_corruption(corruption: Corruption | type[Corruption]) -> None:
+    """Check what every corruption promises; returns if all holds.
+
+    Severity 0 is the identity bit for bit; shape, dtype and [0, 1] are kept at every size from 1 x 1 to 221 x 219 and
+    the input is left alone; a sample's result depends on neither its batch, its order nor the memory layout; draws are
+    keyed by seed and id, and know neither pixels nor severity; global random state is neither read nor changed; bytes
+    in give the rounded result of floats in; parameters can be fixed by ``at``; the configuration survives JSON and
+    pickle; in physical mode the mean absolute change rises strictly over severities 1 to 5.
+
+    Args:
+        corruption: An instance, or a class that can be made without arguments.
+
+    Raises:
+        ContractError: Something does not hold; the message says what, where, and what to do.
+    """
+    made = corruption() if isinstance(corruption, type) else corruption
+    if not isinstance(made, Corruption):
+        raise ContractError("check_corruption", "a corruption", repr(corruption), "Subclass robustlab.Corruption.")
+    for check in CHECKS:
+        try:
+            check(made)
+        except ContractError:
+            raise
+        except Exception as error:
+            raise ContractError(
+                f"{made!r}, {_words(check)}",
+                "no error",
+                f"{type(error).__name__}: {error}",
+                "Run that check alone: it is a function of robustlab.testing.",
+            ) from error
+
+
+def check_metadata(corruption: Corruption) -> None:
+    """Registered name, documented, parameters with units, a known stage and label safety."""
+    kind = type(corruption)
+    who = repr(corruption)
+    if corruption.name not in CORRUPTIONS or CORRUPTIONS.get(corruption.name) is not kind:
+        raise ContractError(
+            who, "a registered class", repr(corruption.name), 'Decorate it: @register_corruption("my-name").'
+        )
+    if not (kind.__doc__ or "").strip():
+        raise ContractError(who, "a docstring", "none", "Say in one sentence what the corruption does.")
+    if not corruption.levels():
+        raise ContractError(
+            who, "a field of type Levels", "none", "Give the physical parameter as Levels of five values."
+        )
+    if any(not levels.unit for levels in corruption.levels().values()):
+        raise ContractError(who, "a unit for every parameter", "an empty one", "Pass unit= to Levels.")
+    if corruption.stage and corruption.stage not in STAGES:
+        raise ContractError(who, f"a stage among {', '.join(STAGES)}", repr(corruption.stage), "Check the spelling.")
+
+
+def check_identity(corruption: Corruption) -> None:
+    """Severity 0 returns the input bit for bit, in every dtype."""
+    images = textured(2, _channels(corruption), *_size(corruption, (20, 17)))
+    for dtype in DTYPES:
+        given = images.to(dtype)
+        if not torch.equal(corruption(given, 0), given):
+            raise ContractError(repr(corruption), "severity 0 to change nothing", f"changed {dtype} pixels", _CORE)
+    if not torch.equal(corruption(to_bytes(images), 0), to_bytes(images)):
+        raise ContractError(repr(corruption), "severity 0 to change nothing", "changed bytes", _CORE)
+
+
+def check_form(corruption: Corruption) -> None:
+    """Shape, dtype and range are kept, the input is left alone, at every size, channel count and dtype."""
+    for (height, width), channels in itertools.product(SIZES, (1, 3, 4)):
+        if _reason(corruption, channels, (height, width)):
+            continue
+        images = textured(2, channels, height, width)
+        for dtype in DTYPES if (height, width) == (31, 33) else DTYPES[1:2]:
+            given = images.to(dtype)
+            before = given.clone()
+            for severity in (0.3, 3.0, 5.0):
+                changed = corruption(given, severity)
+                where = f"{corruption!r} on {tuple(given.shape)} {dtype} at severity {severity:g}"
+                _form(where, before, changed, corruption.storable)
+                if not torch.equal(given, before):
+                    raise ContractError(where, "the input left alone", "changed in place", "Work on a copy in apply.")
+
+
+def check_batch(corruption: Corruption) -> None:
+    """A sample's result depends on neither its mates, their order, padding, nor the layout in memory."""
+    for size in (_size(corruption, (9, 14)), _size(corruption, (65, 47))):
+        batch = Batch(textured(5, _channels(corruption), *size), None, torch.arange(70, 75))
+        for severity in (1.0, 3.7):
+            whole = _run(corruption, batch, severity)
+            order = torch.tensor([3, 0, 4])
+            if not torch.equal(_run(corruption, batch.select(order), severity), whole[order]):
+                raise ContractError(
+                    f"{corruption!r} at severity {severity:g}",
+                    "the same pixels for a sample in any batch",
+                    "other pixels for three of five samples in another order",
+                    "Draw only through rng; sum in a fixed order (matmul, conv and mean may differ with the batch).",
+                )
+            strided = batch.replace(batch.images.to(memory_format=torch.channels_last))
+            if not torch.equal(_run(corruption, strided, severity), whole):
+                raise ContractError(
+                    f"{corruption!r} at severity {severity:g}",
+                    "the same pixels for any layout in memory",
+                    "other pixels for channels_last images",
+                    "Call contiguous() before sums.",
+                )
+
+
+def check_draws(corruption: Corruption) -> None:
+    """Draws are keyed by seed and id, repeat, and know neither pixels nor severity."""
+    size = _size(corruption, (16, 19))
+    batch = Batch(textured(6, _channels(corruption), *size), None, torch.arange(6))
+    ctx = ShiftContext(seed=1)
+    draws = corruption.prepare(batch, ctx)
+    again = corruption.prepare(batch.replace(1 - batch.images), ctx)
+    if draws.keys() != again.keys() or any(not torch.equal(draws[name], again[name]) for name in draws):
+        raise ContractError(repr(corruption), "draws that do not see pixels", "others for other pixels", _DRAW)
+    if any(len(value) != len(batch) for value in draws.values()):
+        raise ContractError(repr(corruption), "draws with one row a sample", "another length", _DRAW)
+    whole = _run(corruption, batch, 3.0, ctx)
+    if not torch.equal(corruption.perform(batch, draws, 3.0, ctx).images, whole):
+        raise ContractError(repr(corruption), "the same result again", "another one", _DRAW)
+    if draws and torch.equal(_run(corruption, batch, 5.0, ShiftContext(seed=2)), _run(corruption, batch, 5.0, ctx)):
+        raise ContractError(repr(corruption), "other pixels for another seed", "the same", _DRAW)
+
+
+def check_global_state(corruption: Corruption) -> None:
+    """Global random state is neither read nor changed."""
+    batch = Batch(textured(3, _channels(corruption), *_size(corruption, (16, 16))), None, torch.arange(3))
+    saved = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    results = []
+    try:
+        for seed in (1, 2):
+            torch.manual_seed(seed)  # noqa: TID251 - to see whether anything reads it; restored below
+            np.random.seed(seed)  # noqa: NPY002, TID251
+            random.seed(seed)
+            before = torch.get_rng_state(), str(np.random.get_state()), random.getstate()  # noqa: NPY002
+            results.append(_run(corruption, batch, 3.0))
+            after = torch.get_rng_state(), str(np.random.get_state()), random.getstate()  # noqa: NPY002
+            if not torch.equal(before[0], after[0]) or before[1:] != after[1:]:
+                raise ContractError(repr(corruption), "global random state left alone", "changed", _DRAW)
+    finally:
+        torch.set_rng_state(saved[0])
+        np.random.set_state(saved[1])  # noqa: NPY002
+        random.setstate(saved[2])
+    if not torch.equal(*results):
+        raise ContractError(repr(corruption), "no use of global random state", "it changes the result", _DRAW)
+
+
+def check_bytes(corruption: Corruption) -> None:
+    """Bytes in give bytes out: what floats in give, rounded half to even."""
+    images = textured(3, _channels(corruption), *_size(corruption, (33, 40)))
+    if not corruption.storable:
+        return
+    ids = torch.arange(3)
+    for severity in (0.4, 2.0, 5.0):
+        floats = to_bytes(corruption(images, severity, ids=ids))
+        if not torch.equal(corruption(to_bytes(images), severity, ids=ids), floats):
+            raise ContractError(
+                f"{corruption!r} at severity {severity:g}",
+                "the same stored bytes for byte and float images",
+                "others",
+                "Mend apply_bytes, or leave it to the base class.",
+            )
+
+
+def check_parameters(corruption: Corruption) -> None:
+    """``at`` fixes a parameter and matters; the configuration survives JSON and pickle."""
+    batch = Batch(textured(3, _channels(corruption), *_size(corruption, (40, 40))), None, torch.arange(3))
+    for name, levels in corruption.levels().items():
+        fixed = type(corruption).at(**{name: levels.at(5)})
+        if fixed.parameters(1)[name] != (levels.at(5), levels.unit):
+            raise ContractError(repr(corruption), f"at({name}=...) to fix it", f"{fixed.parameters(1)}", _CORE)
+    again = from_dict(json.loads(canonical_json(corruption)))
+    for copy in (again, pickle.loads(pickle.dumps(corruption))):
+        if copy != corruption or not torch.equal(_run(copy, batch, 2.0), _run(corruption, batch, 2.0)):
+            raise ContractError(
+                repr(corruption),
+                "an equal corruption back from JSON and pickle",
+                f"{copy!r}",
+                "Make it a frozen dataclass whose fields are numbers, strings, Levels, or tuples of them.",
+            )
+    if not dataclasses.is_dataclass(corruption):
+        raise ContractError(repr(corruption), "a frozen dataclass", type(corruption).__name__, "Decorate it.")
+
+
+def check_harm(corruption: Corruption) -> None:
+    """In physical mode the mean absolute change rises strictly over severities 0 to 5."""
+    if corruption.mode == "reference":
+        return
+    images = textured(6, _channels(corruption), *_size(corruption, (64, 64)), seed=2)
+    harm = [(corruption(images, at) - images).abs().mean().item() for at in range(6)]
+    if any(low >= high for low, high in itertools.pairwise(harm)):
+        raise ContractError(
+            repr(corruption),
+            "a mean change that rises strictly with severity",
+            ", ".join(f"{value:.3g}" for value in harm),
+            "Order the levels by harm, and use the same draws at all severities.",
+        )
+
+
+CHECKS: tuple[Callable[[Corruption], None], ...] = (
+    check_metadata,
+    check_identity,
+    check_form,
+    check_batch,
+    check_draws,
+    check_global_state,
+    check_bytes,
+    check_parameters,
+    check_harm,
+)
+
+_CORE = "Leave on(), perform() and at() to the base class."
+_DRAW = "Make everything random in draw(), and only through rng."
+
+
+def _words(check: Callable[[Corruption], None]) -> str:
+    return check.__name__.replace("_", " ")
+
+
+def _run(corruption: Corruption, batch: Batch, severity: float, ctx: ShiftContext | None = None) -> Tensor:
+    return corruption.on(batch, severity, ctx or ShiftContext()).images
+
+
+def _reason(corruption: Corruption, channels: int, size: tuple[int, int]) -> str | None:
+    return corruption.skip_reason(ImageSpec(channels, size))
+
+
+def _size(corruption: Corruption, size: tuple[int, int]) -> tuple[int, int]:
+    return max(size[0], corruption.min_size), max(size[1], corruption.min_size)
+
+
+def _channels(corruption: Corruption) -> int:
+    side = max(64, corruption.min_size)
+    for channels in (3, 1, 4):
+        if not _reason(corruption, channels, (side, side)):
+            return channels
+    raise ContractError(
+        repr(corruption), "to apply to images of 1, 3 or 4 channels", "to none of them", "Mend channels."
+    )
+
+
+def _form(who: str, given: Tensor, changed: Tensor, bounded: bool) -> None:
+    if changed.shape != given.shape or changed.dtype != given.dtype or changed.device != given.device:
+        raise ContractError(
+            who,
+            f"{given.dtype} {tuple(given.shape)} on {given.device}",
+            f"{changed.dtype} {tuple(changed.shape)} on {changed.device}",
+            "Return images of the same shape from apply.",
+        )
+    if not bool(torch.isfinite(changed).all()):
+        raise ContractError(who, "finite pixels", "NaN or infinite ones", "Guard divisions and logarithms.")
+    low, high = changed.aminmax()
+    if bounded and not (low >= 0 and high <= 1):
+        raise ContractError(who, "pixels in [0, 1]", f"[{low.item():.4g}, {high.item():.4g}]", _CORE)
