@@ -8,8 +8,9 @@ import albumentations
 import numpy as np
 import torch
 
-from robustlab.core.shift import Shift, ShiftContext
-from robustlab.core.types import Batch
+from robustlab.core.shift import Shift
+
+from .bridges import run_keyed
 
 
 class CorruptionTransform(albumentations.ImageOnlyTransform):  # type: ignore[misc]
@@ -17,29 +18,25 @@ class CorruptionTransform(albumentations.ImageOnlyTransform):  # type: ignore[mi
 
     Args:
         shift: Any corruption.
-        severity: 0 to 5.
+        severity: (low, high), from 0 to 5.
         p: Probability that an image is changed.
     """
 
-    def __init__(self, shift: Shift, severity: float, p: float) -> None:
+    def __init__(self, shift: Shift, severity: tuple[float, float], p: float) -> None:
         super().__init__(p=p)
         self.shift = shift
         self.severity = severity
 
     def get_params(self) -> dict[str, Any]:
-        """Draw the key of one image from albumentations' generator."""
-        return {"key": self.py_random.getrandbits(62)}
+        """Draw the key and the severity of one image from albumentations' generator."""
+        return {"key": self.py_random.getrandbits(62), "severity": self.py_random.uniform(*self.severity)}
 
-    def apply(self, img: np.ndarray[Any, Any], key: int, **params: Any) -> np.ndarray[Any, Any]:
+    def apply(self, img: np.ndarray[Any, Any], key: int, severity: float, **params: Any) -> np.ndarray[Any, Any]:
         """Return the changed image."""
         del params
-        bytes_in = img.dtype == np.uint8
-        image = torch.from_numpy(np.ascontiguousarray(img)).to(torch.float32)
+        image = torch.from_numpy(np.ascontiguousarray(img))
         images = image[None, None] if image.ndim == 2 else image.permute(2, 0, 1)[None].contiguous()
-        batch = Batch(images.div(255) if bytes_in else images, labels=None, ids=torch.tensor([key]))
-        changed = self.shift.on(batch, self.severity, ShiftContext(seed=0)).images[0]
-        if bytes_in:
-            changed = changed.mul(255).round_().to(torch.uint8)
+        changed = run_keyed(self.shift, images, severity, torch.tensor([key]))[0]
         return (changed[0] if img.ndim == 2 else changed.permute(1, 2, 0)).contiguous().numpy()
 
     def get_transform_init_args_names(self) -> tuple[str, ...]:

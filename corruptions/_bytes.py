@@ -1,7 +1,8 @@
-"""Work on 8-bit images: look-up tables, and codecs image by image over the processor's cores."""
+"""Work on 8-bit images: memory layouts, sums, look-up tables, and codecs image by image over the processor's cores."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,7 +11,57 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robustlab.core.shift import from_bytes, to_bytes
+
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+
+_BLOCK = 1 << 16  # pixels worked on at once on the CPU: 256 KB a plane as float32
+
+
+def planar(pixels: Tensor) -> Tensor:
+    """Return uint8 images (N, C, H, W) with planes contiguous in memory; the same tensor where they are already."""
+    if pixels.is_contiguous():
+        return pixels
+    if pixels.device.type != "cpu" or pixels.shape[1] != 3:
+        return pixels.contiguous()
+    import cv2
+
+    out = torch.empty(pixels.shape, dtype=torch.uint8)
+    target = out.numpy()
+    # OpenCV takes colours apart with vector instructions, which torch does not
+    for image, planes in zip(interleaved(pixels), target, strict=True):
+        cv2.split(image, list(planes))
+    return out
+
+
+def interleaved(pixels: Tensor) -> Pixels:
+    """Return uint8 images (N, 3, H, W) on the CPU as an array (N, H, W, 3), contiguous; a view where they are so."""
+    images: Pixels = pixels.permute(0, 2, 3, 1).numpy()
+    if images.flags.c_contiguous:
+        return images
+    if not pixels.is_contiguous():
+        return np.ascontiguousarray(images)
+    import cv2
+
+    out = np.empty_like(images, order="C")
+    for image, planes in zip(out, pixels.numpy(), strict=True):
+        cv2.merge(list(planes), image)
+    return out
+
+
+def sums(pixels: Tensor) -> Tensor:
+    """Return the exact sums of uint8 images over the pixels of each channel, int64 (N, C)."""
+    if pixels.device.type != "cpu":
+        return pixels.sum((2, 3), dtype=torch.int64)
+    import cv2
+
+    count, channels = pixels.shape[:2]
+    if channels == 3 and not pixels.is_contiguous():
+        totals = [value for image in interleaved(pixels) for value in cv2.sumElems(image)[:3]]
+    else:
+        planes = pixels.contiguous().numpy().reshape(count * channels, *pixels.shape[2:])
+        totals = [cv2.sumElems(plane)[0] for plane in planes]
+    return torch.tensor(totals, dtype=torch.float64).to(torch.int64).reshape(count, channels)
 
 
 def look_up(pixels: Tensor, table: Tensor) -> Tensor:
@@ -18,28 +69,81 @@ def look_up(pixels: Tensor, table: Tensor) -> Tensor:
 
     Args:
         pixels: uint8 (N, C, H, W).
-        table: uint8 (256,) for all images, or (N, 256), one row each.
+        table: uint8 (256,) for all images, (N, 256), one row each, or (N, C, 256), one for each channel.
+
+    Returns:
+        uint8 (N, C, H, W); in memory, channels lie last where they did, except for tables by channel.
+    """
+    groups = max(1, table[..., 0].numel())
+    if pixels.device.type != "cpu":
+        index = pixels.reshape(groups, -1).to(torch.int64)
+        return table.reshape(groups, 256).gather(1, index).view(pixels.shape)
+    if table.ndim == 3:
+        pixels = planar(pixels)
+    last = torch.channels_last
+    keep = pixels.is_contiguous() or pixels.is_contiguous(memory_format=last)
+    out = pixels.clone() if keep else pixels.contiguous()
+    flat = out if out.is_contiguous() else out.permute(0, 2, 3, 1)
+    for image, row in zip(flat.reshape(groups, -1).numpy(), table.reshape(groups, 256).numpy(), strict=True):
+        _translate(image, row)
+    return out
+
+
+def _translate(flat: Pixels, table: Pixels) -> None:
+    """Replace each byte by its entry in the table, in place."""
+    try:
+        # comes with albumentations; its vector instructions are several times as fast as OpenCV's loop
+        stringzilla: Any = importlib.import_module("stringzilla")
+    except ImportError:
+        import cv2
+
+        cv2.LUT(flat, table, dst=flat)
+        return
+    stringzilla.translate(flat.data, np.ascontiguousarray(table).data, inplace=True)
+
+
+def every_level(count: int, channels: int, device: torch.device) -> Tensor:
+    """Return the 256 grey levels as uint8 images (count, channels, 1, 256)."""
+    return torch.arange(256, dtype=torch.uint8, device=device).expand(count, channels, 1, 256)
+
+
+def by_table(function: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
+    """Return ``to_bytes(function(from_bytes(pixels)))`` of a function of each pixel value alone, through a table.
+
+    Args:
+        function: Of float32 images (N, 1, H, W); the table is made by calling it on the 256 levels, so that rounding
+            is the same to the last digit.
+        pixels: uint8 (N, C, H, W).
+    """
+    levels = from_bytes(every_level(len(pixels), 1, pixels.device))
+    return look_up(pixels, to_bytes(function(levels)).reshape(len(pixels), 256))
+
+
+def by_blocks(function: Callable[[Tensor, slice], Tensor], pixels: Tensor) -> Tensor:
+    """Return uint8 images after a function of each pixel's channels alone, in blocks that stay in the cache.
+
+    Args:
+        function: Of uint8 (n, C, 1, P) and the slice of the batch that these n images are; returns float32 images of
+            that shape, its own to overwrite. May not depend on where a pixel is.
+        pixels: uint8 (N, C, H, W).
 
     Returns:
         uint8 (N, C, H, W), contiguous.
     """
-    if pixels.device.type == "cpu":
-        import cv2
-
-        out = torch.empty_like(pixels, memory_format=torch.contiguous_format)
-        source, target = pixels.contiguous().numpy(), out.numpy()
-        rows = table.contiguous().numpy()
-        if rows.ndim == 1:
-            # one call with many rows, since OpenCV shares rows out among its threads
-            cv2.LUT(source.reshape(-1, source.shape[-1]), rows, dst=target.reshape(-1, source.shape[-1]))
-        else:
-            for image, row, place in zip(source, rows, target, strict=True):
-                cv2.LUT(image.reshape(1, -1), row, dst=place.reshape(1, -1))
-        return out
-    flat = pixels.reshape(len(pixels), -1).to(torch.int64)
-    if table.ndim == 1:
-        return table.index_select(0, flat.view(-1)).view(pixels.shape)
-    return table.gather(1, flat).view(pixels.shape)
+    if pixels.device.type != "cpu":
+        return to_bytes(function(pixels, slice(0, len(pixels))))
+    count, channels, height, width = pixels.shape
+    flat = planar(pixels).reshape(count, channels, 1, height * width)
+    out = torch.empty_like(flat)
+    images = max(1, _BLOCK // (height * width))
+    step = min(_BLOCK, height * width)
+    for first in range(0, count, images):
+        block = slice(first, first + images)
+        for start in range(0, height * width, step):
+            part = flat[block, :, :, start : start + step]
+            done = function(part, block).clamp_(0, 1).mul_(255).round_()
+            out[block, :, :, start : start + step] = done
+    return out.reshape(pixels.shape)
 
 
 def each_image(function: Callable[[Pixels], Pixels], pixels: Tensor) -> Tensor:
@@ -57,10 +161,8 @@ def each_image(function: Callable[[Pixels], Pixels], pixels: Tensor) -> Tensor:
     """
     count, channels, height, width = pixels.shape
     held = pixels.cpu()
-    if channels == 3:
-        images = held.permute(0, 2, 3, 1).contiguous().numpy()
-    else:
-        images = held.contiguous().reshape(count * channels, height, width).numpy()
+    colour = channels == 3
+    images = interleaved(held) if colour else held.contiguous().numpy().reshape(count * channels, height, width)
     out = np.empty_like(images)
 
     def work(start: int, stop: int) -> None:
@@ -75,8 +177,8 @@ def each_image(function: Callable[[Pixels], Pixels], pixels: Tensor) -> Tensor:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(work, bounds[:-1], bounds[1:]))
     done = torch.from_numpy(out)
-    if channels == 3:
+    if colour:
         done = done.permute(0, 3, 1, 2)
         if pixels.is_contiguous():
-            done = done.contiguous()
+            done = planar(done)
     return done.reshape(pixels.shape).to(pixels.device)

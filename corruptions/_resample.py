@@ -1,7 +1,7 @@
 """Separable resampling by weighted sums of image rows.
 
 Sums run in a fixed order, one tap after the other, so that a sample's result depends on neither the
-batch nor a matrix library.
+batch nor a matrix library. Bytes are averaged in integers as Pillow does.
 """
 
 from __future__ import annotations
@@ -9,10 +9,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from robustlab.core.shift import from_bytes, to_bytes
+
+from ._bytes import Pixels, planar
+
+_PLANES = 1 << 18  # values worked on at once on the CPU: 1 MB as float32
+_Index = np.ndarray[Any, np.dtype[np.intp]]
+_PRECISION = 22  # bits of Pillow's weights for 8-bit images
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +81,8 @@ def linear_up(size: int, pitch: float) -> Taps:
 
 
 @lru_cache(maxsize=64)
-def box_resize(size: int, count: int) -> Taps:
-    """Return Pillow's BOX filter from ``size`` to ``count`` rows."""
+def box_members(size: int, count: int) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
+    """Return, as (count, size), which of ``size`` rows Pillow's BOX filter averages into each of ``count``."""
     scale = size / count
     support = 0.5 * max(scale, 1.0)
     centre = (np.arange(count)[:, None] + 0.5) * scale
@@ -81,7 +90,16 @@ def box_resize(size: int, count: int) -> Taps:
     high = np.minimum(np.floor(centre + support + 0.5), size)
     pixels = np.arange(size)[None, :]
     place = (pixels - centre + 0.5) / max(scale, 1.0)
-    inside = (pixels >= low) & (pixels < high) & (place > -0.5) & (place <= 0.5)
+    members: np.ndarray[tuple[int, int], np.dtype[np.bool_]] = (
+        (pixels >= low) & (pixels < high) & (place > -0.5) & (place <= 0.5)
+    )
+    return members
+
+
+@lru_cache(maxsize=64)
+def box_resize(size: int, count: int) -> Taps:
+    """Return Pillow's BOX filter from ``size`` to ``count`` rows."""
+    inside = box_members(size, count)
     return Taps.of(inside / inside.sum(axis=1, keepdims=True))
 
 
@@ -89,3 +107,124 @@ def resample(images: Tensor, down: tuple[Taps, Taps], up: tuple[Taps, Taps]) -> 
     """Return images resampled down and up again, along height and width (the taps' order)."""
     small = down[0].rows(images).transpose(2, 3).contiguous()
     return up[0].rows(up[1].rows(down[1].rows(small)).transpose(2, 3).contiguous())
+
+
+def resample_bytes(pixels: Tensor, down: tuple[Taps, Taps], up: tuple[Taps, Taps]) -> Tensor:
+    """Return ``to_bytes(resample(from_bytes(pixels), down, up))``, a few planes at a time on the CPU."""
+    if pixels.device.type != "cpu":
+        return to_bytes(resample(from_bytes(pixels), down, up))
+    planes = planar(pixels).reshape(-1, 1, *pixels.shape[2:])
+    out = torch.empty_like(planes)
+    step = max(1, _PLANES // planes[0].numel())
+    for start in range(0, len(planes), step):
+        done = resample(from_bytes(planes[start : start + step]), down, up)
+        out[start : start + step] = done.clamp_(0, 1).mul_(255).round_()
+    return out.reshape(pixels.shape)
+
+
+def shrink_bytes(pixels: Tensor, down: tuple[Taps, Taps]) -> Tensor:
+    """Return bytes resampled down once, without rounding in between, uint8 (N, C, rows, columns)."""
+
+    def shrunk(images: Tensor) -> Tensor:
+        return down[1].rows(down[0].rows(from_bytes(images)).transpose(2, 3).contiguous()).transpose(2, 3)
+
+    if pixels.device.type != "cpu":
+        return to_bytes(shrunk(pixels))
+    planes = planar(pixels).reshape(-1, 1, *pixels.shape[2:])
+    step = max(1, _PLANES // planes[0].numel())
+    parts = [to_bytes(shrunk(planes[start : start + step])) for start in range(0, len(planes), step)]
+    small = torch.cat(parts)
+    return small.reshape(*pixels.shape[:2], *small.shape[2:])
+
+
+def nearest(small: Tensor, height: int, width: int) -> Tensor:
+    """Return images enlarged by Pillow's BOX filter, which copies the nearest pixel."""
+    rows, columns = (
+        torch.from_numpy(box_members(count, size).argmax(1)).to(small.device)
+        for count, size in ((small.shape[2], height), (small.shape[3], width))
+    )
+    return small.index_select(3, columns).index_select(2, rows)
+
+
+@lru_cache(maxsize=64)
+def _box_weights(size: int, count: int) -> tuple[Tensor, Tensor]:
+    """Return row indices and Pillow's fixed-point weights, int64 and int32 (K, count); weight 0 beyond a row's end."""
+    inside = box_members(size, count)
+    first, width = inside.argmax(1), inside.sum(1)
+    taps = np.arange(int(width.max()))[:, None]
+    weight = np.where(taps < width, np.floor(0.5 + (1 << _PRECISION) * (1.0 / width)), 0)
+    return torch.from_numpy(np.minimum(first + taps, size - 1)), torch.from_numpy(weight.astype(np.int32))
+
+
+def _box_pass(pixels: Tensor, count: int, axis: int) -> Tensor:
+    size = pixels.shape[axis]
+    if size == count:
+        return pixels
+    index, weight = (each.to(pixels.device) for each in _box_weights(size, count))
+    shape = [1] * pixels.ndim
+    shape[axis] = count
+    total = torch.full((), 1 << (_PRECISION - 1), dtype=torch.int32, device=pixels.device)
+    for rows, weights in zip(index, weight, strict=True):
+        total = total + pixels.index_select(axis, rows).to(torch.int32) * weights.view(shape)
+    return (total >> _PRECISION).clamp_(max=255).to(torch.uint8)
+
+
+def box_down(pixels: Tensor, height: int, width: int) -> Tensor:
+    """Return uint8 images made smaller as by Pillow's BOX filter: along rows, rounded, then columns, rounded."""
+    return _box_pass(_box_pass(pixels, width, 3), height, 2)
+
+
+@lru_cache(maxsize=64)
+def _box_groups(size: int, count: int) -> tuple[tuple[int, _Index, _Index], ...]:
+    """Return, for each number of rows that are averaged, (that number, the rows made so, their first rows)."""
+    inside = box_members(size, count)
+    first, width = inside.argmax(1), inside.sum(1)
+    return tuple((int(k), np.flatnonzero(width == k), first[width == k]) for k in np.unique(width))
+
+
+def _box_rows(image: Pixels, count: int) -> Pixels:
+    """Return ``box_down`` of the rows of one image (size, ...) by sums of whole rows, which processors do best."""
+    size = len(image)
+    if size == count:
+        return image
+    groups = _box_groups(size, count)
+    out = np.empty((count, *image.shape[1:]), dtype=np.uint8)
+    for taps, made, first in groups:
+        if taps == 1:
+            out[made] = image[first]
+            continue
+        total: np.ndarray[Any, Any] = image[first].astype(np.uint16 if taps < 257 else np.uint32)
+        for tap in range(1, taps):
+            total += image[first + tap]
+        if taps & (taps - 1) == 0 and taps < 257:
+            total += taps // 2
+            total >>= taps.bit_length() - 1
+        else:
+            wide = total.astype(np.uint32)
+            wide *= int(0.5 + (1 << _PRECISION) * (1.0 / taps))
+            wide += 1 << (_PRECISION - 1)
+            wide >>= _PRECISION
+            total = np.minimum(wide, 255)
+        out[made] = total
+    return out
+
+
+def box_blocks(image: Pixels, height: int, width: int) -> Pixels:
+    """Return one uint8 image (H, W) or (H, W, 3) after Pillow's BOX filter down to a size and up again."""
+    import cv2
+
+    full_height, full_width = image.shape[:2]
+    narrow = cv2.transpose(_box_rows(cv2.transpose(image), width))
+    return enlarge(_box_rows(np.asarray(narrow), height), full_height, full_width)
+
+
+def enlarge(small: Pixels, height: int, width: int) -> Pixels:
+    """Return ``nearest`` of one uint8 image (h, w) or (h, w, 3)."""
+    import cv2
+
+    rows, columns = (
+        box_members(count, size).argmax(1) for count, size in ((len(small), height), (small.shape[1], width))
+    )
+    wide = cv2.transpose(np.take(cv2.transpose(small), columns, axis=0))
+    large: Pixels = np.take(np.asarray(wide), rows, axis=0)
+    return large

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,9 +13,10 @@ from torch import Tensor
 from robustlab.core.corruption import Corruption, Draws
 from robustlab.core.levels import Levels
 from robustlab.core.registry import CORRUPTIONS
-from robustlab.core.rng import SampleRng
+from robustlab.core.rng import SampleRng, cell_centres, normal_table, stream_looked_up
 
 from ._checks import check_levels
+from ._words import changed_as_floats
 
 _SMALL = 8.0  # mean count below which the distribution is summed, above which it is expanded
 _LARGEST_U = 1 - 2.0**-17
@@ -90,6 +92,11 @@ def _most_counts() -> int:
     return k
 
 
+def _normal(stream: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return float32 images of this shape, what ``SampleRng.normal`` returns for the stream's label."""
+    return stream_looked_up(stream, math.prod(shape[1:]), normal_table(stream.device)).reshape(shape)
+
+
 @CORRUPTIONS.register("gaussian-noise")
 @dataclass(frozen=True)
 class GaussianNoise(Corruption):
@@ -103,16 +110,101 @@ class GaussianNoise(Corruption):
     """
 
     family: ClassVar[str] = "noise"
+    stage: ClassVar[str] = "electronics"
     sigma: Levels = Levels((0.03, 0.06, 0.10, 0.16, 0.25), identity=0.0, unit="of full range", scale="log")
 
     def __post_init__(self) -> None:
         check_levels(self, "sigma", self.sigma, 0)
 
     def draw(self, rng: SampleRng, shape: tuple[int, int, int]) -> Draws:
-        return {"z": rng.normal("z", shape)}
+        del shape
+        return {"z": rng.stream("z")}
 
     def apply(self, images: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
-        return torch.add(images, draws["z"], alpha=values["sigma"])
+        return torch.add(images, _normal(draws["z"], images.shape), alpha=values["sigma"])
+
+    def apply_bytes(self, pixels: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
+        if pixels.device.type != "cpu":
+            return super().apply_bytes(pixels, draws, values)
+        sigma = values["sigma"]
+        return changed_as_floats(pixels, draws["z"], lambda x, z: torch.add(x, z, alpha=sigma, out=x))
+
+
+@CORRUPTIONS.register("speckle-noise")
+@dataclass(frozen=True)
+class SpeckleNoise(Corruption):
+    """Multiplicative white Gaussian noise, x (1 + sigma z), independent for every pixel and channel.
+
+    It is the common crude model of speckle. Speckle of real ultrasound and OCT is correlated over the width of the
+    beam, follows a Rayleigh or gamma law, and is seen after logarithmic compression.
+
+    Args:
+        sigma: Standard deviation, of the pixel's value.
+
+    References:
+        D. Hendrycks, T. Dietterich, "Benchmarking neural network robustness to common corruptions", 2019, 1903.12261.
+    """
+
+    family: ClassVar[str] = "noise"
+    stage: ClassVar[str] = "photons"
+    seen_in: ClassVar[tuple[str, ...] | None] = ("ultrasound", "oct")
+    sigma: Levels = Levels((0.08, 0.14, 0.22, 0.35, 0.55), identity=0.0, unit="of the value", scale="log")
+
+    def __post_init__(self) -> None:
+        check_levels(self, "sigma", self.sigma, 0)
+
+    def draw(self, rng: SampleRng, shape: tuple[int, int, int]) -> Draws:
+        del shape
+        return {"z": rng.stream("z")}
+
+    def apply(self, images: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
+        # one rounding a step, so that memory layout, which picks the loop, changes no bit
+        return _normal(draws["z"], images.shape).mul_(values["sigma"]).add_(1).mul_(images)
+
+    def apply_bytes(self, pixels: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
+        if pixels.device.type != "cpu":
+            return super().apply_bytes(pixels, draws, values)
+        sigma = values["sigma"]
+        return changed_as_floats(pixels, draws["z"], lambda x, z: x.mul_(z.mul_(sigma).add_(1)))
+
+
+@CORRUPTIONS.register("impulse-noise")
+@dataclass(frozen=True)
+class ImpulseNoise(Corruption):
+    """Salt and pepper: a share of the pixels becomes black or white, with equal probability, in all channels together.
+
+    A dead or hot sensor element, or a pixel lost in an old converter or in transmission. The pixels hit at a lower
+    severity are among those hit at a higher one.
+
+    Args:
+        amount: Share of the pixels that are hit, 0 to 1.
+
+    References:
+        D. Hendrycks, T. Dietterich, "Benchmarking neural network robustness to common corruptions", 2019, 1903.12261.
+    """
+
+    family: ClassVar[str] = "noise"
+    stage: ClassVar[str] = "electronics"
+    seen_in: ClassVar[tuple[str, ...] | None] = ("xray", "endoscopy", "microscopy")
+    amount: Levels = Levels((0.005, 0.01, 0.025, 0.06, 0.14), identity=0.0, unit="of pixels", scale="log")
+
+    def __post_init__(self) -> None:
+        check_levels(self, "amount", self.amount, 0, 1)
+
+    def draw(self, rng: SampleRng, shape: tuple[int, int, int]) -> Draws:
+        return {"u": rng.uniform("u", (1, *shape[1:]))}
+
+    def apply(self, images: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
+        pepper, salt = _ends(draws["u"], values["amount"])
+        return images.masked_fill(pepper, 0).masked_fill_(salt, 1)
+
+    def apply_bytes(self, pixels: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
+        pepper, salt = _ends(draws["u"], values["amount"])
+        return pixels.masked_fill(pepper, 0).masked_fill_(salt, 255)
+
+
+def _ends(u: Tensor, amount: float) -> tuple[Tensor, Tensor]:
+    return u < amount / 2, u >= 1 - amount / 2
 
 
 @CORRUPTIONS.register("poisson-noise")
@@ -130,14 +222,19 @@ class PoissonNoise(Corruption):
     """
 
     family: ClassVar[str] = "noise"
+    stage: ClassVar[str] = "photons"
+    seen_in: ClassVar[tuple[str, ...] | None] = ("xray", "ct", "fundus", "dermoscopy", "endoscopy", "microscopy")
     photons: Levels = Levels((400, 150, 60, 25, 10), identity=float("inf"), unit="photons at white", scale="log")
 
     def __post_init__(self) -> None:
         check_levels(self, "photons", self.photons, 1e-3)
 
     def draw(self, rng: SampleRng, shape: tuple[int, int, int]) -> Draws:
-        return {"u": rng.quantiles("count", shape), "z": rng.normal("count", shape)}
+        del shape
+        return {"count": rng.stream("count")}
 
     def apply(self, images: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
-        photons = values["photons"]
-        return poisson_quantile(images * photons, draws["u"], draws["z"]).div_(photons)
+        stream, photons = draws["count"], values["photons"]
+        count = math.prod(images.shape[1:])
+        u = stream_looked_up(stream, count, cell_centres(stream.device)).view(images.shape)
+        return poisson_quantile(images * photons, u, _normal(stream, images.shape)).div_(photons)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from robustlab.core.registry import CORRUPTIONS
 from robustlab.core.rng import SampleRng
 
 from ._checks import check_levels
-from ._resample import area_down, box_resize, linear_up, resample
+from ._resample import Taps, area_down, box_resize, linear_up, nearest, resample, resample_bytes, shrink_bytes
 
 
 @CORRUPTIONS.register("down-up-sampling")
@@ -31,6 +30,9 @@ class DownUpSampling(Corruption):
     """
 
     family: ClassVar[str] = "resolution"
+    stage: ClassVar[str] = "sampling"
+    domain: ClassVar[Literal["display", "light", "optical density"]] = "light"
+    label_safety: ClassVar[Literal["safe", "conditional", "unsafe"]] = "conditional"
     factor: Levels = Levels((1.5, 2, 3, 4, 6), identity=1.0, unit="x pixel size", scale="log")
 
     def __post_init__(self) -> None:
@@ -42,12 +44,18 @@ class DownUpSampling(Corruption):
 
     def apply(self, images: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
         del draws
-        height, width, pitch = *images.shape[2:], max(values["factor"], 1.0)
-        return resample(
-            images,
-            (area_down(height, pitch), area_down(width, pitch)),
-            (linear_up(height, pitch), linear_up(width, pitch)),
-        )
+        return resample(images, *_cells(images, values["factor"]))
+
+    def apply_bytes(self, pixels: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
+        del draws
+        return resample_bytes(pixels, *_cells(pixels, values["factor"]))
+
+
+def _cells(images: Tensor, factor: float) -> tuple[tuple[Taps, Taps], tuple[Taps, Taps]]:
+    """Return the taps down to cells of ``factor`` pixels and up again, along height and width."""
+    height, width, pitch = *images.shape[2:], max(factor, 1.0)
+    down = area_down(height, pitch), area_down(width, pitch)
+    return down, (linear_up(height, pitch), linear_up(width, pitch))
 
 
 @CORRUPTIONS.register("pixelate")
@@ -63,6 +71,8 @@ class Pixelate(Corruption):
     """
 
     family: ClassVar[str] = "resolution"
+    stage: ClassVar[str] = "display"
+    label_safety: ClassVar[Literal["safe", "conditional", "unsafe"]] = "conditional"
     factor: Levels = Levels((0.6, 0.45, 0.33, 0.25, 0.18), identity=1.0, unit="of pixels per side", scale="log")
 
     def __post_init__(self) -> None:
@@ -74,8 +84,21 @@ class Pixelate(Corruption):
 
     def apply(self, images: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
         del draws
-        sizes = tuple(images.shape[2:])
-        counts = tuple(min(size, max(1, math.floor(size * values["factor"]))) for size in sizes)
-        down = [box_resize(size, count) for size, count in zip(sizes, counts, strict=True)]
-        up = [box_resize(count, size) for size, count in zip(sizes, counts, strict=True)]
-        return resample(images, (down[0], down[1]), (up[0], up[1]))
+        height, width = images.shape[2:]
+        rows, columns = counts(images, values["factor"])
+        down = box_resize(height, rows), box_resize(width, columns)
+        return resample(images, down, (box_resize(rows, height), box_resize(columns, width)))
+
+    def apply_bytes(self, pixels: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
+        del draws
+        height, width = pixels.shape[2:]
+        rows, columns = counts(pixels, values["factor"])
+        # copies of what is rounded already are as good as rounded copies
+        small = shrink_bytes(pixels, (box_resize(height, rows), box_resize(width, columns)))
+        return nearest(small, height, width)
+
+
+def counts(images: Tensor, factor: float) -> tuple[int, int]:
+    """Return the rows and columns that are left: floor(factor size), at least 1."""
+    height, width = (min(size, max(1, int(size * factor))) for size in images.shape[2:])
+    return height, width

@@ -14,7 +14,9 @@ from robustlab.core.corruption import Corruption, Draws
 from robustlab.core.levels import Levels
 from robustlab.core.registry import CORRUPTIONS
 from robustlab.core.rng import SampleRng
+from robustlab.core.shift import from_bytes
 
+from ._bytes import by_blocks
 from ._checks import check_levels
 
 _FLOOR = 1 / 255  # darkest transmission that an 8-bit scanner tells from 0
@@ -55,6 +57,8 @@ class StainShift(Corruption):
     """
 
     family: ClassVar[str] = "staining"
+    stage: ClassVar[str] = "subject"
+    domain: ClassVar[Literal["display", "light", "optical density"]] = "optical density"
     channels: ClassVar[tuple[int, ...] | None] = (3,)
     modalities: ClassVar[tuple[str, ...] | None] = ("histology",)
     label_safety: ClassVar[Literal["safe", "conditional", "unsafe"]] = "conditional"
@@ -70,25 +74,57 @@ class StainShift(Corruption):
         return {"alpha": rng.sign("alpha", (3,)), "beta": rng.sign("beta", (3,))}
 
     def apply(self, images: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
+        gain, offset = self._strength(draws, values)
+        return _restain(images, _density(images), gain, offset)
+
+    def apply_bytes(self, pixels: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
+        gain, offset = self._strength(draws, values)
+        densities = _density(from_bytes(torch.arange(256, dtype=torch.uint8, device=pixels.device)))
+
+        def change(part: Tensor, block: slice) -> Tensor:
+            return _restain(from_bytes(part), _values(part, densities), gain[block], offset[block])
+
+        return by_blocks(change, pixels)
+
+    @staticmethod
+    def _strength(draws: Draws, values: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+        """Return the change of each stain's amount as a factor less 1 and as an offset, float32 (N, 3, 1, 1, 1)."""
         up = [values["alpha"] ** share - 1 for share in _SHARES]
         down = [values["alpha"] ** -share - 1 for share in _SHARES]
         step = [values["beta"] * share for share in _SHARES]
-        device = images.device
+        device = draws["alpha"].device
         gain = torch.where(draws["alpha"] > 0, torch.tensor(up, device=device), torch.tensor(down, device=device))
         offset = draws["beta"] * torch.tensor(step, device=device)
-        gain, offset = gain.to(torch.float32)[..., None, None, None], offset.to(torch.float32)[..., None, None, None]
-        density = torch.log(images.clamp_min(_FLOOR)).neg_()
-        tissue = _dot(density, (1 / (3 * _TISSUE),) * 3).square_().neg_().expm1_().neg_()
-        change = torch.zeros_like(density)
-        for stain in range(3):
-            # broadcast sums: a matrix library may add in another order for another batch
-            amount = _dot(density, _UNMIX[stain])
-            amount = (amount if stain == 2 else amount.clamp_min_(0)).mul_(gain[:, stain])
-            amount.add_(tissue * offset[:, stain])
-            for channel in range(3):
-                change[:, channel : channel + 1].add_(amount * float(STAINS[stain, channel]))
-        # a factor on x rather than a new x: pixels below the floor keep their value where nothing changes
-        return change.neg_().exp_().mul_(images)
+        return gain.to(torch.float32)[..., None, None, None], offset.to(torch.float32)[..., None, None, None]
+
+
+def _density(images: Tensor) -> Tensor:
+    return torch.log(images.clamp_min(_FLOOR)).neg_()
+
+
+def _values(pixels: Tensor, table: Tensor) -> Tensor:
+    """Return the float32 entries of a table (256,) at uint8 pixels."""
+    if pixels.device.type != "cpu":
+        return table[pixels.to(torch.int64)]
+    import cv2
+
+    flat = pixels.contiguous()
+    return torch.from_numpy(cv2.LUT(flat.numpy().reshape(1, -1), table.numpy())).reshape(pixels.shape)
+
+
+def _restain(images: Tensor, density: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
+    """Return images (N, 3, H, W) of given optical density after a change of their stains' amounts."""
+    tissue = _dot(density, (1 / (3 * _TISSUE),) * 3).square_().neg_().expm1_().neg_()
+    change = torch.zeros_like(density)
+    for stain in range(3):
+        # broadcast sums: a matrix library may add in another order for another batch
+        amount = _dot(density, _UNMIX[stain])
+        amount = (amount if stain == 2 else amount.clamp_min_(0)).mul_(gain[:, stain])
+        amount.add_(tissue * offset[:, stain])
+        for channel in range(3):
+            change[:, channel : channel + 1].add_(amount * float(STAINS[stain, channel]))
+    # a factor on x rather than a new x: pixels below the floor keep their value where nothing changes
+    return change.neg_().exp_().mul_(images)
 
 
 def _dot(density: Tensor, weights: Sequence[float]) -> Tensor:

@@ -26,10 +26,6 @@ class LadineShift(Corruption):
     def storable(self) -> bool:
         return False
 
-    def draw(self, rng: SampleRng, shape: tuple[int, int, int]) -> Draws:
-        del rng, shape
-        return {}
-
 
 @CORRUPTIONS.register("ref:ladine-noise")
 @dataclass(frozen=True)
@@ -109,7 +105,7 @@ class RefLadineContrast(LadineShift):
     factor: Levels = Levels((0.9, 0.8, 0.7, 0.6, 0.5), identity=1.0, unit="of original contrast")
 
     def __post_init__(self) -> None:
-        check_levels(self, "factor", self.factor, 0)
+        check_levels(self, "factor", self.factor, 0, 1)
 
     def apply(self, images: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
         del draws

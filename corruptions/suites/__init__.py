@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import ladine
+from . import imagenet_c, ladine, medmnist_c
 from .standard import standard
 
-__all__ = ["ladine", "standard"]
+__all__ = ["imagenet_c", "ladine", "medmnist_c", "standard"]

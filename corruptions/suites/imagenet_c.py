@@ -19,8 +19,9 @@ from corruptions.reference.geometry import RefElastic
 from corruptions.reference.glass import RefGlassBlur
 from corruptions.reference.motion import RefMotionBlur
 from corruptions.reference.noise import RefGaussianNoise, RefImpulseNoise, RefShotNoise, RefSpeckleNoise
+from corruptions.reference.spatter import RefSpatter
 from corruptions.reference.tone import RefHSVBrightness, RefMeanContrast, RefSaturate
-from corruptions.reference.weather import RefFog, RefFrost, RefSnow, RefSpatter
+from corruptions.reference.weather import RefFog, RefFrost, RefSnow
 from corruptions.reference.zoom import RefZoomBlur
 from robustlab.core.registry import SUITES
 from robustlab.core.shift import Shift

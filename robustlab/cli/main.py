@@ -26,6 +26,7 @@ app.command("doctor")(doctor.doctor)
 app.command("evaluate")(evaluate.evaluate)
 app.command("corrupt")(corrupt.corrupt)
 app.command("list")(listing.list_)
+app.command("show")(listing.show)
 
 
 def _version(show: bool) -> None:

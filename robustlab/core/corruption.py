@@ -40,12 +40,14 @@ class Corruption(Shift):
     """A change that acquisition, processing or storage makes to images.
 
     Subclasses are frozen dataclasses; each field of type ``Levels`` is a physical parameter, the first of which is the
-    amount that reports print. They implement ``draw`` and ``apply``.
+    amount that reports print. They implement ``apply``, and ``draw`` where something is
+    random.
 
     ``mode`` is ``"physical"``, or ``"reference"`` for published operators with their source's own rounding and faults.
     ``stage`` says where in the making of an image it acts, one of ``STAGES``. ``domain`` is what its formula works on:
     display values, light (linear intensity) or optical density. ``modalities`` names those for which it is made (None:
     any), ``seen_in`` those where it is met, for lists. ``min_size`` is the shortest side that it can work on.
+    ``keyed_by`` is ``"device"`` where the draws belong to the scanner: all its images share them, in any epoch.
     """
 
     family: ClassVar[str] = "other"
@@ -57,10 +59,15 @@ class Corruption(Shift):
     modalities: ClassVar[tuple[str, ...] | None] = None
     seen_in: ClassVar[tuple[str, ...] | None] = None
     label_safety: ClassVar[Literal["safe", "conditional", "unsafe"]] = "safe"
+    keyed_by: ClassVar[Literal["sample", "device"]] = "sample"
 
-    @abstractmethod
     def draw(self, rng: SampleRng, shape: tuple[int, int, int]) -> Draws:
-        """Return random tensors (N, ...) for images of ``shape`` (C, H, W); may not depend on pixels or severity."""
+        """Return random tensors (N, ...) for images of ``shape`` (C, H, W); may not depend on pixels or severity.
+
+        By default nothing is random.
+        """
+        del rng, shape
+        return {}
 
     @abstractmethod
     def apply(self, images: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
@@ -85,6 +92,11 @@ class Corruption(Shift):
             part = {name: value[block] for name, value in draws.items()}
             out[block] = to_bytes(self.apply(from_bytes(pixels[block]), part, values))
         return out
+
+    def move_labels(self, batch: Batch, draws: Draws, values: Mapping[str, float]) -> Batch:
+        """Return the batch with masks and boxes where the content of the images goes; by default nothing moves."""
+        del draws, values
+        return batch
 
     @classmethod
     def at(cls, **values: float) -> Self:
@@ -131,13 +143,23 @@ class Corruption(Shift):
     @final
     def prepare(self, batch: Batch, ctx: ShiftContext) -> Any:
         _, channels, height, width = batch.images.shape
-        return self.draw(ctx.rng(self.name, self.version, batch.ids), (channels, height, width))
+        shape = (channels, height, width)
+        if self.keyed_by == "sample":
+            return self.draw(ctx.rng(self.name, self.version, batch.ids), shape)
+        # few scanners take many images: the draws of each are made once
+        keys, places = ctx.devices(batch.ids)
+        draws = self.draw(ctx.still().rng(self.name, self.version, keys), shape)
+        if len(keys) == 1:
+            return {name: value.expand(len(places), *value.shape[1:]) for name, value in draws.items()}
+        return {name: value.index_select(0, places) for name, value in draws.items()}
 
     @final
     def perform(self, batch: Batch, draws: Any, severity: float, ctx: ShiftContext) -> Batch:
         del ctx
         self._check(batch.images)
         values = {name: levels.at(severity) for name, levels in self.levels().items()}
+        if batch.masks is not None or batch.boxes is not None:
+            batch = self.move_labels(batch, draws, values)
         if batch.images.dtype == torch.uint8:
             return batch.replace(self.apply_bytes(batch.images, draws, values))
         changed = self.apply(batch.images.to(torch.float32), draws, values)

@@ -4,23 +4,33 @@ Every value is an integer hash of (sample key, stream label, element index): two
 Prospector", 2018, public domain constants) over a golden-ratio counter. Only 32-bit integer operations are used, so CPU
 and CUDA, eager and compiled, give the same bits. Normals are read from a table of 65,536 quantiles (unit variance,
 largest magnitude 4.32).
+
+``SampleRng.stream`` gives the 64 bits per sample from which a draw is made, for those who make its values only while
+they use them: ``in_blocks`` on the CPU, a block at a time in a core's cache and on as many threads as torch uses, or
+``stream_bits`` and ``stream_halves`` on other devices.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .errors import DuplicateNameError
 
-_BLOCK = 1 << 17  # hashes worked on at once on the CPU: 512 KB, which stays in a core's cache
+BLOCK = 3 << 15  # hashes worked on at once on the CPU: 384 KB; smaller blocks let threads queue for the interpreter
+
+Words = np.ndarray[Any, np.dtype[np.uint32]]
+Work = Callable[[slice, slice, Words], None]
 
 
 def _signed(value: int, bits: int) -> int:
@@ -30,6 +40,7 @@ def _signed(value: int, bits: int) -> int:
 
 _GOLDEN = _signed(0x9E3779B9, 32)
 _M1, _M2 = _signed(0x7FEB352D, 32), _signed(0x846CA68B, 32)
+_U1, _U2 = np.uint32(0x7FEB352D), np.uint32(0x846CA68B)
 _S1, _S2, _S3 = (_signed(v, 64) for v in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
@@ -88,19 +99,158 @@ def _mix32_(x: Tensor, spare: Tensor) -> Tensor:
     return x
 
 
-@lru_cache(maxsize=32)
-def _counter(count: int, device: torch.device) -> Tensor:
+def _mix32_words(x: Words, spare: Words) -> None:
+    """``_mix32_`` on unsigned numbers, whose shifts need no mask."""
+    for shift, factor in ((16, _U1), (15, _U2), (16, None)):
+        np.right_shift(x, shift, out=spare)
+        np.bitwise_xor(x, spare, out=x)
+        if factor is not None:
+            np.multiply(x, factor, out=x)
+
+
+def _mixed_places(count: int, device: torch.device) -> Tensor:
     x = torch.arange(count, dtype=torch.int32, device=device).mul_(_GOLDEN)
     return _mix32_(x, torch.empty_like(x))
 
 
+_counter = lru_cache(maxsize=32)(_mixed_places)
+
+
 @lru_cache(maxsize=8)
-def _normal_table(device: torch.device) -> Tensor:
+def normal_table(device: torch.device) -> Tensor:
+    """Return float32 (65536,): the standard normal numbers of ``SampleRng.normal``, rising."""
     half = [NormalDist().inv_cdf((i + 0.5) / 65536) for i in range(32768, 65536)]
     scale = math.sqrt(sum(z * z for z in half) / len(half))
     # multiples of 2^-16 are exact in float32 and hide last-digit differences between maths libraries
     upper = [round(z / scale * 65536) / 65536 for z in half]
     return torch.tensor([-z for z in reversed(upper)] + upper, dtype=torch.float32, device=device)
+
+
+@lru_cache(maxsize=8)
+def cell_centres(device: torch.device) -> Tensor:
+    """Return float32 (65536,): the uniform numbers of ``SampleRng.quantiles``, rising."""
+    return ((torch.arange(65536, dtype=torch.float64) + 0.5) / 65536).to(torch.float32).to(device)
+
+
+@lru_cache(maxsize=8)
+def normal_q12_table(device: torch.device) -> Tensor:
+    """Return int16 (65536,): the standard normal numbers in units of 2^-12, rising."""
+    return (normal_table(device) * 4096).round().to(torch.int16)
+
+
+def in_blocks(stream: Tensor, count: int, make: Callable[[int], Work]) -> None:
+    """Give the words of a stream to a function, a block at a time, on as many threads as torch uses.
+
+    Args:
+        stream: int64 (N,) of ``SampleRng.stream``, on the CPU.
+        count: Words per sample.
+        make: Called once in each thread with the largest number of words in a block, for scratch; what it returns is
+            called with (rows, columns, words): the samples and the places in them that the block covers, and its
+            contiguous words (rows, columns), which it may change. It should release the interpreter's lock (NumPy,
+            OpenCV) and write where no other block does.
+    """
+    total = len(stream)
+    if not total or not count:
+        return
+    low = stream.to(torch.int32).numpy().view(np.uint32)[:, None]
+    high = (stream >> 32).to(torch.int32).numpy().view(np.uint32)[:, None]
+    counter = _counter(count, stream.device).numpy().view(np.uint32)
+    parts = -(-count // BLOCK)
+    width = -(-count // parts)
+    rows = min(total, max(1, BLOCK // count))
+    blocks = [(first, start) for first in range(0, total, rows) for start in range(0, count, width)]
+    left = iter(blocks)
+
+    def run() -> None:
+        work = make(rows * width)
+        buffers = np.empty((2, rows * width), np.uint32)
+        for first, start in left:
+            samples = slice(first, min(first + rows, total))
+            places = slice(start, min(start + width, count))
+            shape = (samples.stop - samples.start, places.stop - places.start)
+            words, spare = buffers[:, : shape[0] * shape[1]].reshape(2, *shape)
+            np.bitwise_xor(counter[places], low[samples], out=words)
+            _mix32_words(words, spare)
+            np.add(words, high[samples], out=words)
+            _mix32_words(words, spare)
+            work(samples, places, words)
+
+    # starting a thread costs as much as a few blocks
+    threads = min(torch.get_num_threads(), len(blocks) // 4)
+    if threads <= 1:
+        run()
+        return
+    with ThreadPoolExecutor(threads - 1) as pool:
+        others = [pool.submit(run) for _ in range(threads - 1)]
+        run()
+        for other in others:
+            other.result()
+
+
+def on_tensors(stream: Tensor) -> bool:
+    """Return whether a stream is to be worked on with tensors, not ``in_blocks``: off the CPU, or being compiled."""
+    return stream.device.type != "cpu" or torch.compiler.is_compiling()
+
+
+def stream_bits(stream: Tensor, count: int) -> Tensor:
+    """Return int32 (N, count), the words of a stream, uniform over all 2^32 values."""
+    if on_tensors(stream):
+        # the compiler warns about caches
+        counter = _mixed_places if torch.compiler.is_compiling() else _counter
+        bits = counter(count, stream.device) ^ stream.to(torch.int32)[:, None]
+        _mix32_(bits, torch.empty_like(bits)).add_((stream >> 32).to(torch.int32)[:, None])
+        return _mix32_(bits, torch.empty_like(bits))
+    out = torch.empty((len(stream), count), dtype=torch.int32)
+    target = out.numpy().view(np.uint32)
+
+    def make(size: int) -> Work:
+        del size
+        return lambda rows, columns, words: np.copyto(target[rows, columns], words)
+
+    in_blocks(stream, count, make)
+    return out
+
+
+def stream_halves(stream: Tensor, count: int) -> Tensor:
+    """Return int32 (N, count), uniform on 0 .. 65535: the low half of the first word, its high half, and so on."""
+    bits = stream_bits(stream, (count + 1) // 2)
+    pairs = torch.stack((bits & 0xFFFF, (bits >> 16) & 0xFFFF), dim=2)
+    return pairs.reshape(len(stream), -1)[:, :count]
+
+
+def stream_looked_up(stream: Tensor, count: int, table: Tensor) -> Tensor:
+    """Return (N, count), two table entries per word: the low halves fill the front of each row, the high ones the rest.
+
+    Args:
+        stream: int64 (N,) of ``SampleRng.stream``.
+        count: Values per sample.
+        table: (65536,), on the stream's device.
+    """
+    half = (count + 1) // 2
+    out = torch.empty((len(stream), count), dtype=table.dtype, device=stream.device)
+    if on_tensors(stream):
+        bits = stream_bits(stream, half)
+        out[:, :half] = table[bits & 0xFFFF]
+        out[:, half:] = table[(bits >> 16) & 0xFFFF][:, : count - half]
+        return out
+    entries, target = table.numpy(), out.numpy()
+
+    def make(size: int) -> Work:
+        index, found = np.empty(size, np.intp), np.empty(size, entries.dtype)
+
+        def work(rows: slice, columns: slice, words: Words) -> None:
+            halves = words.view(np.uint16).reshape(*words.shape, 2)
+            places, values = (array[: words.size].reshape(words.shape) for array in (index, found))
+            for part in (0, 1):
+                np.copyto(places, halves[:, :, part])
+                np.take(entries, places, out=values, mode="clip")
+                into = target[rows, part * half + columns.start : min(part * half + columns.stop, count)]
+                np.copyto(into, values[:, : into.shape[1]])
+
+        return work
+
+    in_blocks(stream, half, make)
+    return out
 
 
 def content_ids(images: Tensor) -> Tensor:
@@ -141,22 +291,13 @@ class SampleRng:
         """Return the generator of the samples at ``index``."""
         return SampleRng(self.keys.index_select(0, index))
 
+    def stream(self, label: str) -> Tensor:
+        """Return int64 (N,), all that the draw of this label is made of; see the functions on streams."""
+        return _mix64(self.keys ^ stable_hash("draw", label))
+
     def bits(self, label: str, count: int) -> Tensor:
         """Return int32 (N, count) uniform over all 2^32 values."""
-        words = _mix64(self.keys ^ stable_hash("draw", label))
-        low = words.to(torch.int32)[:, None]
-        high = (words >> 32).to(torch.int32)[:, None]
-        out = torch.empty((len(words), count), dtype=torch.int32, device=words.device)
-        rows = max(1, _BLOCK // max(count, 1)) if words.device.type == "cpu" else max(len(words), 1)
-        spare = torch.empty((min(rows, len(words)), count), dtype=torch.int32, device=words.device)
-        counter = _counter(count, words.device)
-        for start in range(0, len(words), rows):
-            block = out[start : start + rows]
-            scratch = spare[: len(block)]
-            torch.bitwise_xor(counter, low[start : start + rows], out=block)
-            _mix32_(block, scratch).add_(high[start : start + rows])
-            _mix32_(block, scratch)
-        return out
+        return stream_bits(self.stream(label), count)
 
     def uniform(self, label: str, shape: tuple[int, ...] = ()) -> Tensor:
         """Return float32 (N, *shape), uniform on [0, 1) in steps of 2^-24."""
@@ -166,15 +307,25 @@ class SampleRng:
 
     def normal(self, label: str, shape: tuple[int, ...] = ()) -> Tensor:
         """Return float32 (N, *shape), standard normal from the quantile table."""
-        return self._halves(label, math.prod(shape), _normal_table(self.keys.device)).reshape(len(self), *shape)
+        table = normal_table(self.keys.device)
+        return stream_looked_up(self.stream(label), math.prod(shape), table).reshape(len(self), *shape)
+
+    def normal_q12(self, label: str, shape: tuple[int, ...] = ()) -> Tensor:
+        """Return int16 (N, *shape), ``normal`` in units of 2^-12 (at most 2^-13 from it)."""
+        table = normal_q12_table(self.keys.device)
+        return stream_looked_up(self.stream(label), math.prod(shape), table).reshape(len(self), *shape)
+
+    def halves(self, label: str, shape: tuple[int, ...] = ()) -> Tensor:
+        """Return int32 (N, *shape), uniform on 0 .. 65535."""
+        return stream_halves(self.stream(label), math.prod(shape)).reshape(len(self), *shape)
 
     def quantiles(self, label: str, shape: tuple[int, ...] = ()) -> Tensor:
         """Return float32 (N, *shape), uniform on the 65,536 cell centres (i + 1/2) / 65536.
 
         With the same label, ``normal`` is the normal quantile of these values.
         """
-        centres = _cell_centres(self.keys.device)
-        return self._halves(label, math.prod(shape), centres).reshape(len(self), *shape)
+        centres = cell_centres(self.keys.device)
+        return stream_looked_up(self.stream(label), math.prod(shape), centres).reshape(len(self), *shape)
 
     def integers(self, label: str, below: int, shape: tuple[int, ...] = ()) -> Tensor:
         """Return int64 (N, *shape), uniform on 0 .. below - 1 (bias below 2^-32 * below)."""
@@ -184,24 +335,3 @@ class SampleRng:
     def sign(self, label: str, shape: tuple[int, ...] = ()) -> Tensor:
         """Return float32 (N, *shape) of -1 and 1 with equal probability."""
         return self.integers(label, 2, shape).to(torch.float32).mul_(2).sub_(1)
-
-    def _halves(self, label: str, count: int, table: Tensor) -> Tensor:
-        """Look up two table entries per hash: the low halves fill the front of each row, the high halves the rest."""
-        half = (count + 1) // 2
-        bits = self.bits(label, half)
-        out = torch.empty((len(bits), count), dtype=torch.float32, device=bits.device)
-        rows = max(1, _BLOCK // max(half, 1)) if bits.device.type == "cpu" else max(len(bits), 1)
-        for start in range(0, len(bits), rows):
-            block = bits[start : start + rows]
-            index = block & 0xFFFF
-            out[start : start + rows, :half] = table.index_select(0, index.view(-1)).view(index.shape)
-            index = block.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
-            out[start : start + rows, half:] = table.index_select(0, index.view(-1)).view(index.shape)[
-                :, : count - half
-            ]
-        return out
-
-
-@lru_cache(maxsize=8)
-def _cell_centres(device: torch.device) -> Tensor:
-    return ((torch.arange(65536, dtype=torch.float64) + 0.5) / 65536).to(torch.float32).to(device)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_images, check_severity
-from .errors import KindError
+from .errors import KindError, ShapeError
 from .rng import SampleRng, content_ids
 from .types import Batch, ImageSpec
 
@@ -30,7 +30,8 @@ class ShiftContext:
         step: Step inside an epoch.
         spec: What the pixel values mean; None when unknown.
         model: The model under attack; None for corruptions.
-        device_keys: int64 (N,) keys of the scanner that took each image, for noise that belongs to a device.
+        device_keys: int64 (N,) keys of the scanner that took each image, for noise that belongs to a device; None when
+            unknown: one scanner then took all of them.
         path: Position in a tree of composed shifts.
     """
 
@@ -51,6 +52,27 @@ class ShiftContext:
         if self.device_keys is None:
             return self
         return dataclasses.replace(self, device_keys=self.device_keys.index_select(0, index))
+
+    def still(self) -> ShiftContext:
+        """Return the context of what does not change from epoch to epoch and step to step."""
+        return dataclasses.replace(self, epoch=0, step=0)
+
+    def devices(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys of the scanners of some samples, int64 (D,), and the place of each sample's among them.
+
+        Args:
+            ids: int64 (N,) sample ids; only their number and device matter.
+
+        Raises:
+            ShapeError: The context has keys for another number of samples.
+        """
+        if self.device_keys is None:
+            return ids.new_zeros(1), torch.zeros_like(ids)
+        if self.device_keys.shape != ids.shape:
+            got = f"shape {tuple(self.device_keys.shape)}"
+            raise ShapeError("ShiftContext", f"{len(ids)} device keys, one a sample", got, "Give each image its key.")
+        keys, places = torch.unique(self.device_keys.to(ids.device), return_inverse=True)
+        return keys, places
 
     def rng(self, name: str, version: int, ids: Tensor) -> SampleRng:
         """Return the keyed generator of a named, versioned shift at this place for these samples."""
@@ -104,6 +126,11 @@ class Shift(ABC):
     def takes_bytes(self) -> bool:
         """``perform`` also takes batches of uint8 images, and returns uint8."""
         return False
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Group columns of the data that it looks at."""
+        return ()
 
     @property
     def cacheable(self) -> bool:

@@ -408,11 +408,13 @@ def _tree(shift: Shift) -> Iterator[Shift]:
 def _seen(shift: Shift, source: Source) -> str:
     """Return a hash of what a shift sees of the samples besides their images.
 
-    Corruptions see nothing, attacks labels, and a shift that is written from scratch the whole batch.
+    Corruptions see nothing but the columns that they name, attacks labels, and a shift that is written from scratch the
+    whole batch.
     """
     info, parts = source.info, list(_tree(shift))
     scratch = any(not isinstance(part, Corruption) and not is_library_code(type(part)) for part in parts)
-    columns = sorted(info.groups.items(), key=lambda item: item[0]) if scratch else []
+    named = {column for part in parts for column in part.columns}
+    columns = [(name, codes) for name, codes in sorted(info.groups.items()) if scratch or name in named]
     if info.labels is not None and (scratch or any(isinstance(part, Attack) for part in parts)):
         columns.append(("labels", info.labels))
     return array_fingerprint(columns) if columns else ""

@@ -240,7 +240,7 @@ def not_tested(
     out += [f"{what}: {why}." for what, why in plan.skipped]
     out += [f"{name}: failed, see failures." for name in failures]
     families = {getattr(sweep.shift, "family", "") for sweep in plan.sweeps}
-    kinds_of_shift = (("geometric shifts", "geometry"), ("artefacts", "artifact"))
+    kinds_of_shift = (("geometric shifts", "geometry"), ("artefacts", "artifacts"))
     untouched = [word for word, family in kinds_of_shift if family not in families]
     out.append(", ".join([*untouched, "real data of another site"]).capitalize() + ".")
     return out

@@ -315,7 +315,7 @@ PARTS = [
     ("negative eps", lambda d: PGD(eps=(-0.1,)), RangeError, "positive budgets"),
     ("a lone eps", lambda d: PGD(eps=8 / 255), KindError, r"eps=\(0\.03"),
     ("norm misspelt", lambda d: PGD(norm="l_inf"), ConfigError, "'linf' or 'l2'"),
-    ("uint8 tensor", lambda d: GaussianNoise()((TENSOR * 255).byte()), KindError, "255"),
+    ("integer tensor", lambda d: GaussianNoise()((TENSOR * 255).int()), KindError, "uint8 images or float"),
     ("a NumPy array", lambda d: GaussianNoise()(TENSOR.numpy()), KindError, "from_numpy"),
     ("one image", lambda d: GaussianNoise()(TENSOR[0]), ShapeError, r"images\[None\]"),
     ("grey levels in a tensor", lambda d: GaussianNoise()(TENSOR * 255), RangeError, r"\[0, 255\].*Divide by 255"),

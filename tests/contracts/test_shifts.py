@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corruptions import JPEG, Compose, DefocusBlur, FromAlbumentations, Gamma, GaussianNoise, OneOf, PoissonNoise
-from robustlab.core.corruption import Corruption
+from robustlab.core.corruption import STAGES, Corruption
 from robustlab.core.errors import ConfigError, KindError, RangeError, UnknownNameError
 from robustlab.core.registry import COMBINATORS, CORRUPTIONS, SUITES
 from robustlab.core.rng import SampleRng
@@ -22,6 +22,17 @@ from robustlab.core.spec import canonical_json, fingerprint, from_dict, to_dict
 from robustlab.core.types import Batch, ImageSpec
 
 CORRUPTION_NAMES = CORRUPTIONS.names()
+FAMILIES = (
+    "noise",
+    "resolution",
+    "blur",
+    "staining",
+    "contrast",
+    "compression",
+    "artifacts",
+    "geometry",
+    "weather",
+)
 MIX = {
     "compose": Compose([DefocusBlur(), PoissonNoise(), JPEG()]),
     "one-of": OneOf([GaussianNoise(), Gamma(), JPEG()]),
@@ -45,12 +56,22 @@ def batch_of(count, channels, height, width, seed=0):
     return Batch(smooth(count, channels, height, width, seed), None, torch.arange(100, 100 + count))
 
 
-def applies(shift, channels):
-    return shift.skip_reason(ImageSpec(channels, (8, 8))) is None
+def applies(shift, channels, size=(224, 224)):
+    return shift.skip_reason(ImageSpec(channels, size)) is None
 
 
 def channels_of(shift):
     return next(channels for channels in (3, 1) if applies(shift, channels))
+
+
+def fitting(shift, height, width):
+    """Return the size, or the smallest one that the shift can work on."""
+    least = getattr(shift, "min_size", 1)
+    return max(height, least), max(width, least)
+
+
+def physical(shift):
+    return getattr(shift, "mode", "physical") == "physical"
 
 
 @pytest.fixture(params=list(SHIFTS), ids=list(SHIFTS))
@@ -65,20 +86,20 @@ def corruption(request):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_severity_zero_is_the_identity_bit_for_bit(shift, dtype):
-    images = smooth(2, channels_of(shift), 20, 17).to(dtype)
+    images = smooth(2, channels_of(shift), *fitting(shift, 20, 17)).to(dtype)
     assert torch.equal(shift(images, 0), images)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_shape_dtype_range_are_kept_and_the_input_is_unchanged(shift, dtype):
-    images = smooth(3, channels_of(shift), 31, 33).to(dtype)
+    images = smooth(3, channels_of(shift), *fitting(shift, 31, 33)).to(dtype)
     before = images.clone()
     changed = shift(images, 4)
     assert changed.shape == images.shape
     assert changed.dtype == dtype
     assert changed.device == images.device
     assert bool(torch.isfinite(changed).all())
-    assert 0 <= changed.min().item() <= changed.max().item() <= 1
+    assert not shift.storable or 0 <= changed.min().item() <= changed.max().item() <= 1
     assert torch.equal(images, before)
     assert not torch.equal(changed, images)
 
@@ -87,8 +108,8 @@ def test_shape_dtype_range_are_kept_and_the_input_is_unchanged(shift, dtype):
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_any_size_and_number_of_channels(shift, channels, height_width):
     batch = batch_of(2, channels, *height_width)
-    if not applies(shift, channels):
-        with pytest.raises(ConfigError, match="channels"):
+    if not applies(shift, channels, height_width):
+        with pytest.raises(ConfigError, match=r"channels|at least"):
             shift.on(batch, 3, ShiftContext())
         return
     for severity in (0.3, 3, 5):
@@ -106,7 +127,7 @@ def test_any_size_and_number_of_channels(shift, channels, height_width):
 )
 def test_split_order_and_padding_of_the_batch_change_no_bit(order, cut, size, severity):
     for shift in SHIFTS.values():
-        batch = batch_of(7, channels_of(shift), *size)
+        batch = batch_of(7, channels_of(shift), *fitting(shift, *size))
         whole = shift.on(batch, severity, ShiftContext(seed=3)).images
         index = torch.tensor(order)
         shuffled = batch.select(index)
@@ -121,7 +142,7 @@ def test_split_order_and_padding_of_the_batch_change_no_bit(order, cut, size, se
 
 
 def test_one_large_sample_alone_equals_the_batch_bit_for_bit(shift):
-    batch = batch_of(3, channels_of(shift), 224, 200)
+    batch = batch_of(3, channels_of(shift), *fitting(shift, 224, 200))
     whole = shift.on(batch, 3.3, ShiftContext()).images
     alone = shift.on(batch.select(torch.tensor([1])), 3.3, ShiftContext()).images
     assert torch.equal(whole[1], alone[0])
@@ -130,12 +151,16 @@ def test_one_large_sample_alone_equals_the_batch_bit_for_bit(shift):
 
 
 def test_seeds_and_ids_decide_the_draws(shift):
-    batch = batch_of(6, channels_of(shift), 16, 16)
+    batch = batch_of(6, channels_of(shift), *fitting(shift, 16, 16))
     first = shift.on(batch, 3, ShiftContext(seed=1)).images
     assert torch.equal(shift.on(batch, 3, ShiftContext(seed=1)).images, first)
     draws = shift.prepare(batch, ShiftContext())
     if isinstance(shift, Corruption) and not draws:
         assert torch.equal(shift.on(batch, 3, ShiftContext(seed=2)).images, first)
+        return
+    if getattr(shift, "keyed_by", "sample") == "device":  # one scanner took all images, at any time
+        assert not torch.equal(shift.on(batch, 3, ShiftContext(seed=2)).images, first)
+        assert torch.equal(shift.on(batch, 3, ShiftContext(seed=1, epoch=1)).images, first)
         return
     for other in (ShiftContext(seed=2), ShiftContext(seed=1, epoch=1), ShiftContext(seed=1, step=1)):
         assert not torch.equal(shift.on(batch, 3, other).images, first)
@@ -144,14 +169,14 @@ def test_seeds_and_ids_decide_the_draws(shift):
 
 
 def test_one_preparation_serves_every_severity(shift):
-    batch, ctx = batch_of(4, channels_of(shift), 16, 19), ShiftContext(seed=5)
+    batch, ctx = batch_of(4, channels_of(shift), *fitting(shift, 16, 19)), ShiftContext(seed=5)
     draws = shift.prepare(batch, ctx)
     for severity in (4, 0.5, 2.5, 4):
         assert torch.equal(shift.perform(batch, draws, severity, ctx).images, shift.on(batch, severity, ctx).images)
 
 
 def test_draws_do_not_see_pixels(corruption):
-    batch = batch_of(4, channels_of(corruption), 12, 12)
+    batch = batch_of(4, channels_of(corruption), *fitting(corruption, 12, 12))
     other = batch.replace(1 - batch.images)
     first, second = (corruption.prepare(each, ShiftContext()) for each in (batch, other))
     assert first.keys() == second.keys()
@@ -160,7 +185,9 @@ def test_draws_do_not_see_pixels(corruption):
 
 @pytest.mark.parametrize("size", [28, 64])
 def test_harm_rises_strictly(shift, size):
-    batch = batch_of(6, channels_of(shift), size, size, seed=2)
+    if not physical(shift):
+        pytest.skip("published as it is; the cases that are not monotone are listed in docs/validation.md")
+    batch = batch_of(6, channels_of(shift), *fitting(shift, size, size), seed=2)
     harm = [
         (shift.on(batch, severity, ShiftContext()).images - batch.images).abs().mean().item()
         for severity in (0, 1, 2, 3, 4, 5)
@@ -169,9 +196,9 @@ def test_harm_rises_strictly(shift, size):
 
 
 def test_parameters_move_without_jumps(corruption):
-    batch, ctx = batch_of(3, channels_of(corruption), 40, 40), ShiftContext()
-    if corruption.name in ("pixelate", "jpeg", "poisson-noise"):
-        pytest.skip("counts whole pixels, quality steps or photons")
+    batch, ctx = batch_of(3, channels_of(corruption), *fitting(corruption, 40, 40)), ShiftContext()
+    if corruption.name in ("pixelate", "jpeg", "poisson-noise") or not physical(corruption):
+        pytest.skip("counts whole pixels, quality steps, photons or grey levels")
     for severity in (0.0, 1.0, 2.0, 3.7):
         low, high = (corruption.on(batch, at, ctx).images for at in (severity, severity + 1e-4))
         assert (high - low).abs().mean().item() < 1e-3
@@ -183,18 +210,20 @@ def test_json_pickle_and_repr_bring_it_back(shift):
     assert fingerprint(again) == fingerprint(shift)
     assert pickle.loads(pickle.dumps(shift)) == shift
     assert type(shift).__name__ in repr(shift)
-    batch = batch_of(3, channels_of(shift), 16, 16)
+    batch = batch_of(3, channels_of(shift), *fitting(shift, 16, 16))
     assert torch.equal(again.on(batch, 2, ShiftContext()).images, shift.on(batch, 2, ShiftContext()).images)
 
 
 def test_every_parameter_matters_and_at_fixes_it(corruption):
-    batch, ctx = batch_of(4, channels_of(corruption), 40, 40), ShiftContext()
+    batch, ctx = batch_of(4, channels_of(corruption), *fitting(corruption, 40, 40)), ShiftContext()
     plain = corruption.on(batch, 2, ctx).images
     for name, levels in corruption.levels().items():
         fixed = type(corruption).at(**{name: levels.at(5)})
         assert fixed.parameters(1)[name] == fixed.parameters(5)[name] == (levels.at(5), levels.unit)
-        assert not torch.equal(fixed.on(batch, 2, ctx).images, plain)
         assert fingerprint(fixed) != fingerprint(corruption)
+        values = {levels.at(5), levels.at(1), 0.2 * levels.at(2)} - {levels.at(2)}
+        others = [type(corruption).at(**{name: value}) for value in values]
+        assert any(not torch.equal(other.on(batch, 2, ctx).images, plain) for other in others), name
         assert torch.equal(fixed.on(batch, 0, ctx).images, batch.images)
     with pytest.raises(ConfigError, match="Check the spelling"):
         type(corruption).at(nonsense=1.0)
@@ -209,15 +238,16 @@ def test_parameters_outside_their_range_are_refused(corruption):
 
 
 def test_metadata_is_complete(corruption):
-    assert corruption.family in ("noise", "resolution", "staining", "contrast", "blur", "compression")
+    assert corruption.family in FAMILIES
     assert corruption.label_safety in ("safe", "conditional", "unsafe")
+    assert corruption.stage in STAGES
     assert corruption.levels(), "no physical parameter"
     assert all(levels.unit for levels in corruption.levels().values())
     assert (type(corruption).__doc__ or "").splitlines()[0].endswith(".")
 
 
 def test_global_random_state_is_neither_read_nor_changed(shift):
-    batch = batch_of(4, channels_of(shift), 16, 16)
+    batch = batch_of(4, channels_of(shift), *fitting(shift, 16, 16))
     results = []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -232,8 +262,10 @@ def test_global_random_state_is_neither_read_nor_changed(shift):
 
 
 def test_quantised_output_equals_what_a_file_would_hold(shift):
+    if not shift.storable:
+        pytest.skip("its values leave [0, 1]; no file holds them")
     channels = channels_of(shift)
-    images = shift(smooth(2, channels, 20, 20), 3)
+    images = shift(smooth(2, channels, *fitting(shift, 20, 20)), 3)
     stored = np.round(images.numpy() * np.float32(255)).astype(np.uint8)
     read = torch.from_numpy(stored).to(torch.float32) / 255
     assert torch.equal(quantize(images, ImageSpec(channels, (20, 20))), read)
@@ -242,7 +274,7 @@ def test_quantised_output_equals_what_a_file_would_hold(shift):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_agrees_with_the_cpu(shift):
-    batch = batch_of(4, channels_of(shift), 64, 61)
+    batch = batch_of(4, channels_of(shift), *fitting(shift, 64, 61))
     for severity in (1, 3, 5):
         here = shift.on(batch, severity, ShiftContext(seed=1)).images
         there = shift.on(batch.to("cuda"), severity, ShiftContext(seed=1)).images

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from robustlab.core.errors import DuplicateNameError
-from robustlab.core.rng import SampleRng, content_ids, hash_ids, stable_hash
+from robustlab.core.rng import SampleRng, content_ids, hash_ids, in_blocks, stable_hash
 
 MASK = 0xFFFFFFFF
 GOLDEN_BITS = [963767485, 2228727173, 1413480402, 3625692641]
@@ -112,6 +112,73 @@ def test_normal_is_the_quantile_of_the_uniform_cells():
     assert torch.allclose(z.double(), torch.special.ndtri(u.double()), atol=2e-3, rtol=2e-4)
 
 
+def test_integer_normals_are_the_normals_rounded():
+    rng = SampleRng.make(0, "q", torch.arange(4))
+    whole = rng.normal_q12("z", (1001,))
+    assert whole.dtype == torch.int16
+    assert torch.equal(whole.double(), (rng.normal("z", (1001,)).double() * 4096).round())
+
+
+def test_halves_are_the_words_low_half_first():
+    rng = SampleRng.make(0, "h", torch.arange(3))
+    words = rng.bits("u", 500).numpy().view(np.uint32).astype(np.int64)
+    expected = np.stack((words % 65536, words // 65536), 2).reshape(3, -1)[:, :999]
+    halves = rng.halves("u", (9, 111))
+    assert halves.dtype == torch.int32
+    assert np.array_equal(halves.numpy(), expected.reshape(3, 9, 111))
+    counts = np.bincount(SampleRng.make(0, "h", torch.arange(64)).halves("u", (4096,)).flatten() >> 8, minlength=256)
+    assert stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_blocks_threads_and_tensors_give_the_same_bits(monkeypatch):
+    rng = SampleRng.make(2, "b", torch.arange(23))
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads, block in ((1, 1 << 17), (2, 700), (3, 64), (2, 4096)):
+            torch.set_num_threads(threads)
+            monkeypatch.setattr("robustlab.core.rng.BLOCK", block)
+            results.append((rng.bits("x", 1201), rng.normal("x", (1201,)), rng.quantiles("x", (3, 7))))
+    finally:
+        torch.set_num_threads(before)
+    monkeypatch.setattr("robustlab.core.rng.on_tensors", lambda stream: True)
+    results.append((rng.bits("x", 1201), rng.normal("x", (1201,)), rng.quantiles("x", (3, 7))))
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
+def test_a_block_covers_each_word_once(monkeypatch):
+    monkeypatch.setattr("robustlab.core.rng.BLOCK", 50)
+    for samples, count in ((7, 9), (3, 201), (1, 1), (0, 5), (4, 0), (2, 50)):
+        stream = SampleRng.make(0, "c", torch.arange(samples)).stream("x")
+        seen = np.zeros((samples, count), int)
+
+        def make(size, seen=seen):
+            def work(rows, columns, words):
+                assert words.size <= size <= 50
+                assert words.flags.c_contiguous
+                seen[rows, columns] += 1
+
+            return work
+
+        in_blocks(stream, count, make)
+        assert (seen == 1).all()
+
+
+def test_an_error_in_a_block_reaches_the_caller(monkeypatch):
+    monkeypatch.setattr("robustlab.core.rng.BLOCK", 16)
+    before = torch.get_num_threads()
+
+    def fail(rows, columns, words):
+        raise ArithmeticError("planted")
+
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(ArithmeticError, match="planted"):
+            in_blocks(SampleRng.make(0, "e", torch.arange(20)).stream("x"), 16, lambda size: fail)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_global_state_is_neither_read_nor_changed():
     torch.manual_seed(0)
     before = torch.get_rng_state()
@@ -143,7 +210,7 @@ def test_hash_ids_refuses_duplicates():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_gives_the_same_bits():
     ids = torch.arange(10)
-    for call in ("normal", "uniform", "quantiles"):
+    for call in ("normal", "normal_q12", "uniform", "quantiles", "halves"):
         cpu = getattr(SampleRng.make(0, "s", ids), call)("z", (3, 31, 33))
         gpu = getattr(SampleRng.make(0, "s", ids.cuda()), call)("z", (3, 31, 33))
         assert torch.equal(cpu, gpu.cpu())

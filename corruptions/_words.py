@@ -1,0 +1,279 @@
+"""Work on bytes with the words of a random stream.
+
+The functions of reference mode take integers only, so every device and number of threads agrees. Each stands twice: on
+tensors, for other devices and the compiler, and on blocks of NumPy arrays, which is several times faster on the CPU.
+Where one word serves two pixels, its low half is the first one's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robustlab.core.rng import Words, in_blocks, normal_q12_table, normal_table, on_tensors, stream_bits, stream_halves
+
+from ._bytes import planar
+
+Array = np.ndarray[Any, Any]
+Change = Callable[[Array, Array, Words], None]
+"""Of pixels (rows, columns) and a place of that shape for the result, both uint8, and the words of the block."""
+
+_SERIAL = 1 << 15  # torch shares longer ones out among its own threads, and here there are threads already
+_Q12_LARGEST = 17695  # the largest of the normal quantiles, 4.32, in units of 2^-12
+
+
+@lru_cache(maxsize=1)
+def _wide_look_up() -> bool:
+    import cv2
+
+    return int(cv2.__version__.split(".")[0]) >= 5
+
+
+def look_up_halves(index: Array, table: Array, out: Array) -> None:
+    """Write ``table[index]`` to ``out``; index uint16 (n,), table (65536,), all contiguous."""
+    if _wide_look_up():
+        import cv2
+
+        cv2.LUT(index.reshape(1, -1), table, dst=out.reshape(1, -1))
+    else:  # OpenCV 4 looks up bytes only
+        np.take(table, index, out=out, mode="clip")
+
+
+def changed_in_blocks(pixels: Tensor, stream: Tensor, per_word: int, make: Callable[[int], Change]) -> Tensor:
+    """Return uint8 images that were changed block by block.
+
+    Args:
+        pixels: uint8 (N, C, H, W), on the CPU.
+        stream: int64 (N,) of ``SampleRng.stream``.
+        per_word: Pixels that one word serves, 1 or 2.
+        make: Called once in each thread with the largest number of pixels in a block, for scratch.
+    """
+    source = planar(pixels)
+    out = torch.empty_like(source)
+    count = math.prod(source.shape[1:])
+    given, target = source.reshape(len(source), -1).numpy(), out.reshape(len(out), -1).numpy()
+
+    def make_work(size: int) -> Callable[[slice, slice, Words], None]:
+        change = make(size * per_word)
+
+        def work(rows: slice, columns: slice, words: Words) -> None:
+            place = slice(columns.start * per_word, min(columns.stop * per_word, count))
+            change(given[rows, place], target[rows, place], words)
+
+        return work
+
+    in_blocks(stream, -(-count // per_word), make_work)
+    return out
+
+
+def changed_as_floats(pixels: Tensor, stream: Tensor, change: Callable[[Tensor, Tensor], object]) -> Tensor:
+    """Return uint8 images that were changed as float images, and rounded half to even, all in cache.
+
+    Args:
+        pixels: uint8 (N, C, H, W), on the CPU.
+        stream: int64 (N,) of ``SampleRng.stream``.
+        change: Of float32 values in [0, 1], which it changes in place, and of their standard normal numbers, those of
+            ``SampleRng.normal``; it is called with parts of images.
+    """
+    source = planar(pixels)
+    out = torch.empty_like(source)
+    count = math.prod(source.shape[1:])
+    half = (count + 1) // 2
+    given, target = source.reshape(len(source), -1).numpy(), out.reshape(len(out), -1).numpy()
+    table = normal_table(torch.device("cpu")).numpy()
+
+    def make(size: int) -> Callable[[slice, slice, Words], None]:
+        index, normal, value = np.empty(size, np.uint16), np.empty(size, np.float32), np.empty(size, np.float32)
+        z, x = torch.from_numpy(normal), torch.from_numpy(value)
+
+        def work(rows: slice, columns: slice, words: Words) -> None:
+            halves = words.view(np.uint16).reshape(*words.shape, 2)
+            for part in (0, 1):
+                place = slice(part * half + columns.start, min(part * half + columns.stop, count))
+                pixel = given[rows, place]
+                flat = slice(pixel.size)
+                np.copyto(index[flat].reshape(pixel.shape), halves[:, : pixel.shape[1], part])
+                look_up_halves(index[flat], table, normal[flat])
+                np.copyto(value[flat].reshape(pixel.shape), pixel)
+                np.divide(value[flat], np.float32(255), out=value[flat])
+                for start in range(0, pixel.size, _SERIAL):
+                    piece = slice(start, min(start + _SERIAL, pixel.size))
+                    change(x[piece], z[piece])
+                np.clip(value[flat], np.float32(0), np.float32(1), out=value[flat])
+                np.multiply(value[flat], np.float32(255), out=value[flat])
+                np.rint(value[flat], out=value[flat])
+                np.copyto(target[rows, place], value[flat].reshape(pixel.shape), casting="unsafe")
+
+        return work
+
+    in_blocks(stream, half, make)
+    return out
+
+
+def _clipped_sum(noise: Array, pixels: Array, out: Array) -> None:
+    np.add(noise, pixels, out=noise)
+    np.clip(noise, noise.dtype.type(0), noise.dtype.type(255), out=noise)
+    np.copyto(out, noise, casting="unsafe")
+
+
+@lru_cache(maxsize=64)
+def gaussian_table(sigma: float, device: torch.device) -> Tensor:
+    """Return int16 (65536,): floor(255 sigma z) of each normal quantile z, which clipping leaves at most 256 long."""
+    noise = np.floor(normal_table(torch.device("cpu")).numpy().astype(np.float64) * (255 * sigma))
+    return torch.from_numpy(noise.clip(-256, 256).astype(np.int16)).to(device)
+
+
+def add_noise(pixels: Tensor, stream: Tensor, table: Tensor) -> Tensor:
+    """Return clip(q + table[u]) of each pixel q, u uniform on 0 .. 65535.
+
+    With ``gaussian_table`` that is floor(255 clip(q / 255 + sigma z)).
+
+    Args:
+        pixels: uint8 (N, C, H, W).
+        stream: int64 (N,) of ``SampleRng.stream``.
+        table: int16 (65536,), on the device of the pixels.
+    """
+    if on_tensors(stream):
+        halves = stream_halves(stream, math.prod(pixels.shape[1:]))
+        noise = table.index_select(0, halves.reshape(-1)).view(pixels.shape)
+        return noise.add(pixels).clamp_(0, 255).to(torch.uint8)
+    entries = table.numpy()
+
+    def make(size: int) -> Change:
+        scratch = np.empty(size, np.int16)
+
+        def change(source: Array, out: Array, words: Words) -> None:
+            noise = scratch[: 2 * words.size]
+            look_up_halves(words.view(np.uint16).reshape(-1), entries, noise)
+            _clipped_sum(noise.reshape(len(words), -1)[:, : source.shape[1]], source, out)
+
+        return change
+
+    return changed_in_blocks(pixels, stream, 2, make)
+
+
+@lru_cache(maxsize=64)
+def speckle_scale(sigma: float, device: torch.device) -> tuple[Tensor, Tensor, int]:
+    """Return the table, scale and shift of ``add_scaled_noise`` for multiplicative noise of this standard deviation.
+
+    They are the normal numbers in units of 2^-12, and round(q sigma 2^k) of each grey level q with the largest k up to
+    12 that leaves room for the product.
+    """
+    k = 12
+    while 255 * sigma * 2**k + 1 > (2**31 - 1) / _Q12_LARGEST:
+        k -= 1
+    scale = torch.from_numpy(np.rint(np.arange(256) * (sigma * 2.0**k)).astype(np.int32)).to(device)
+    return normal_q12_table(device).to(torch.int32), scale, k + 12
+
+
+def add_scaled_noise(pixels: Tensor, stream: Tensor, table: Tensor, scale: Tensor, shift: int) -> Tensor:
+    """Return clip(q + floor(scale[q] table[u] / 2^shift)) of each pixel q, u uniform on 0 .. 65535.
+
+    With ``speckle_scale`` that is floor(255 clip(x + x sigma z)), x = q / 255.
+
+    Args:
+        pixels: uint8 (N, C, H, W).
+        stream: int64 (N,) of ``SampleRng.stream``.
+        table: int32 (65536,), on the device of the pixels; no product with ``scale`` may leave 32 bits.
+        scale: int32 (256,), on the device of the pixels.
+        shift: 0 to 31.
+    """
+    if on_tensors(stream):
+        halves = stream_halves(stream, math.prod(pixels.shape[1:]))
+        noise = table.index_select(0, halves.reshape(-1)).view(pixels.shape)
+        factor = scale.index_select(0, pixels.reshape(-1).to(torch.int32)).view(pixels.shape)
+        return noise.mul_(factor).bitwise_right_shift_(shift).add_(pixels).clamp_(0, 255).to(torch.uint8)
+    import cv2
+
+    entries, factors = table.numpy(), scale.numpy()
+
+    def make(size: int) -> Change:
+        scratch, other = np.empty(size, np.int32), np.empty(size, np.int32)
+
+        def change(source: Array, out: Array, words: Words) -> None:
+            noise = scratch[: 2 * words.size]
+            look_up_halves(words.view(np.uint16).reshape(-1), entries, noise)
+            noise = noise.reshape(len(words), -1)[:, : source.shape[1]]
+            factor = other[: source.size].reshape(source.shape)
+            cv2.LUT(source, factors, dst=factor)
+            np.multiply(noise, factor, out=noise)
+            np.right_shift(noise, shift, out=noise)
+            _clipped_sum(noise, source, out)
+
+        return change
+
+    return changed_in_blocks(pixels, stream, 2, make)
+
+
+def salt_and_pepper(pixels: Tensor, stream: Tensor, amount: float) -> Tensor:
+    """Return pixels of which a share of ``amount``, to the nearest 2^-15, is 0 or 255, with equal probability."""
+    each = round(amount * 32768)  # of 65,536: this many at the bottom and at the top
+    if on_tensors(stream):
+        halves = stream_halves(stream, math.prod(pixels.shape[1:])).view(pixels.shape)
+        kept = torch.where(halves < each, 0, pixels)
+        return torch.where(halves > 65535 - each, 255, kept).to(torch.uint8)
+
+    def make(size: int) -> Change:
+        flags = np.empty((2, size), np.bool_)
+
+        def change(source: Array, out: Array, words: Words) -> None:
+            halves = words.view(np.uint16)[:, : source.shape[1]]
+            salt, pepper = flags[:, : source.size].reshape(2, *source.shape)
+            np.greater(halves, 65535 - each, out=salt)
+            np.less(halves, each, out=pepper)
+            # True to 255 for salt; 0 for pepper, 255 elsewhere
+            ones, keep = salt.view(np.uint8), pepper.view(np.uint8)
+            np.bitwise_or(source, np.negative(ones, out=ones), out=ones)
+            np.bitwise_and(ones, np.subtract(keep, np.uint8(1), out=keep), out=out)
+
+        return change
+
+    return changed_in_blocks(pixels, stream, 2, make)
+
+
+def sample_alias(pixels: Tensor, stream: Tensor, table: Tensor) -> Tensor:
+    """Return one draw for each pixel from the law of its grey level.
+
+    A word's top byte picks one of 256 columns; its low half, below the column's threshold, keeps the column's own
+    value, else the alias is taken.
+
+    Args:
+        pixels: uint8 (N, C, H, W).
+        stream: int64 (N,) of ``SampleRng.stream``.
+        table: int32 (65536,) of ``_poisson.alias_table``, on the device of the pixels.
+    """
+    if on_tensors(stream):
+        words = stream_bits(stream, math.prod(pixels.shape[1:])).view(pixels.shape)
+        column = ((words >> 24) & 255).add_(pixels.to(torch.int32) << 8)
+        entry = table.index_select(0, column.reshape(-1)).view(pixels.shape)
+        own = (words & 0xFFFF) < ((entry >> 16) & 0xFFFF)
+        return torch.where(own, entry, entry >> 8).bitwise_and(255).to(torch.uint8)
+    entries = table.numpy()
+
+    def make(size: int) -> Change:
+        columns, found = np.empty(size, np.uint16), np.empty(size, np.int32)
+        flags, shifts = np.empty(size, np.bool_), np.empty(size, np.uint16)
+
+        def change(source: Array, out: Array, words: Words) -> None:
+            count = words.size
+            column, entry = columns[:count], found[:count]
+            halves = words.view(np.uint16).reshape(-1, 2)
+            np.right_shift(halves[:, 1], 8, out=column)
+            np.copyto(column.view(np.uint8).reshape(*source.shape, 2)[:, :, 1], source)
+            look_up_halves(column, entries, entry)
+            parts = entry.view(np.uint16).reshape(-1, 2)
+            other, shift = flags[:count], shifts[:count]
+            np.greater_equal(halves[:, 0], parts[:, 1], out=other)
+            np.left_shift(other.view(np.uint8), 3, out=shift, dtype=np.uint16)
+            np.right_shift(parts[:, 0], shift, out=shift)
+            np.copyto(out, shift.reshape(out.shape), casting="unsafe")
+
+        return change
+
+    return changed_in_blocks(pixels, stream, 1, make)
