@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar, Literal
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -162,12 +163,26 @@ def smooth_field(noise: Tensor, sigma: float, alpha: float) -> Tensor:
         alpha: Factor.
     """
     fine = noise.to(torch.float64)
-    if len(gaussian_weights(sigma, 3.0)) - 1 < _DENSE:
-        fine = gaussian(fine, sigma, 3.0, "reflect")
-    else:
+    weights = gaussian_weights(sigma, 3.0)
+    if len(weights) > _DENSE:
         tall, wide = (_gaussian_matrix(size, sigma, 3.0).to(noise.device) for size in noise.shape[1:])
         fine = torch.stack([tall @ plane @ wide.T for plane in fine])
-    return fine.mul(alpha).to(torch.float32)
+    elif noise.device.type == "cpu":
+        # the same sum in another order of float64 additions, several times as fast
+        kernel = np.array(weights[:0:-1] + weights)
+        planes = fine.numpy()
+        fine = torch.from_numpy(
+            np.stack([cv2.sepFilter2D(p, cv2.CV_64F, kernel, kernel, borderType=cv2.BORDER_REFLECT) for p in planes])
+        )
+    else:
+        fine = gaussian(fine, sigma, 3.0, "reflect")
+    return fine.mul_(alpha).to(torch.float32)
+
+
+def noise_of(bits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two float32 tensors, uniform on (-1, 1) in steps of 2^-15, made of the halves of int32 ``bits``."""
+    upper, lower = ((half & 0xFFFF).to(torch.float32).sub_(32767.5).mul_(2.0**-15) for half in (bits >> 16, bits))
+    return upper, lower
 
 
 def elastic_transform(pixels: Tensor, jitter: Tensor | None, dx: Tensor, dy: Tensor) -> Tensor:
@@ -221,7 +236,7 @@ class RefElastic(Reference):
     def draw(self, rng: SampleRng, shape: tuple[int, int, int]) -> Draws:
         return {
             "corners": rng.uniform("corners", (3, 2)).mul_(2).sub_(1),
-            "noise": rng.quantiles("noise", (2, *shape[1:])).mul_(2).sub_(1),
+            "noise": rng.bits("noise", shape[1] * shape[2]).view(len(rng), *shape[1:]),
         }
 
     def change(self, pixels: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
@@ -230,6 +245,6 @@ class RefElastic(Reference):
         for start in range(0, len(pixels), step):
             part = slice(start, start + step)
             jitter = draws["corners"][part] * values["affine"] if values["affine"] else None
-            dx, dy = (smooth_field(draws["noise"][part, axis], values["sigma"], values["alpha"]) for axis in (0, 1))
+            dx, dy = (smooth_field(half, values["sigma"], values["alpha"]) for half in noise_of(draws["noise"][part]))
             out[part] = elastic_transform(pixels[part], jitter, dx, dy)
         return out

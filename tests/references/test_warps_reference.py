@@ -10,7 +10,14 @@ import torch
 from scipy.ndimage import gaussian_filter, map_coordinates, zoom
 from skimage.filters import gaussian
 
-from corruptions.reference.geometry import RefElastic, elastic_transform, inverse_affine, smooth_field, warp_affine
+from corruptions.reference.geometry import (
+    RefElastic,
+    elastic_transform,
+    inverse_affine,
+    noise_of,
+    smooth_field,
+    warp_affine,
+)
 from corruptions.reference.glass import RefGlassBlur, chain_ends, glass_blur
 from corruptions.reference.glass import gaussian as blurred
 from corruptions.reference.zoom import RefZoomBlur, _axis, _Line, _zoomed, clipped_zoom, zoom_blur
@@ -197,8 +204,8 @@ def test_the_affinity_equals_opencv(size, severity):
 
 
 @pytest.mark.parametrize("severity", [1, 2, 3, 4, 5])
-def test_the_displacement_equals_scikit_image(severity):
-    size = (48, 60)
+@pytest.mark.parametrize("size", [(48, 60), (3, 5)], ids=str)
+def test_the_displacement_equals_scikit_image(size, severity):
     _, noise, alpha, sigma = fields(size, severity)
     ours = smooth_field(torch.from_numpy(noise), sigma, alpha).numpy()
     for plane, field in zip(noise, ours, strict=True):
@@ -224,12 +231,15 @@ def test_elastic_is_its_parts_with_its_draws():
     image, plain = picture(40, 52), RefElastic()
     draws = plain.draw(_rng(1), (3, 40, 52))
     values = {name: levels.at(4) for name, levels in plain.levels().items()}
-    dx, dy = (smooth_field(draws["noise"][:, axis], values["sigma"], values["alpha"]) for axis in (0, 1))
+    noise = noise_of(draws["noise"])
+    dx, dy = (smooth_field(plane, values["sigma"], values["alpha"]) for plane in noise)
     expected = elastic_transform(batch(image), draws["corners"] * values["affine"], dx, dy)
     assert torch.equal(plain.change(batch(image), draws, values), expected)
     assert draws["corners"].abs().max() <= 1
-    assert draws["noise"].abs().max() < 1
-    assert draws["noise"].std().item() == pytest.approx(1 / math.sqrt(3), rel=0.05)
+    for plane in noise:
+        assert plane.abs().max() < 1
+        assert plane.std().item() == pytest.approx(1 / math.sqrt(3), rel=0.05)
+    assert abs(np.corrcoef(noise[0].flatten(), noise[1].flatten())[0, 1]) < 4.5 / math.sqrt(40 * 52)
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the shared data sets are absent")

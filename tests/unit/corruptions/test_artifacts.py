@@ -105,6 +105,16 @@ def test_the_share_of_one_object_rises_with_the_cover_of_all():
     assert share_each(0.3, 1.5) == pytest.approx((1.5 - math.sqrt(1.5**2 - 4 * 0.5 * 0.3)) / 1.0)
 
 
+def test_the_number_of_bubbles_grows_with_the_root_of_the_cover():
+    draws = draws_of(AirBubbles(), 8, (1, 64, 64))
+    for cover, number in ((0.01, 3), (0.04, 6), (0.5, 16)):
+        plain = bubble_depth(draws, cover, (64, 64))
+        for bubble in (number - 1, number):
+            other = {name: values.clone() for name, values in draws.items()}
+            other["y"][:, bubble : bubble + 1] += 0.4
+            assert torch.equal(bubble_depth(other, cover, (64, 64)), plain) == (bubble == number)
+
+
 def test_bubbles_have_a_dark_edge_a_bright_ring_and_a_soft_bright_inside():
     size, radius = 224, 40.0
     shift = AirBubbles()
