@@ -27,7 +27,7 @@ from .reference import *  # noqa: F403 - its __all__ is re-exported below
 from .resolution import DownUpSampling, Pixelate
 from .staining import StainShift
 from .stored import Stored, stored_suite
-from .suites import standard
+from .suites import cifar_10_c, imagenet_c, standard, tiny_imagenet_c
 from .zoom import ZoomBlur
 
 __all__ = [
@@ -67,8 +67,11 @@ __all__ = [
     "ZoomBlur",
     "as_albumentations",
     "as_torchvision",
+    "cifar_10_c",
+    "imagenet_c",
     "standard",
     "stored_suite",
+    "tiny_imagenet_c",
 ]
 __all__ += adversarial.__all__
 __all__ += reference.__all__

@@ -25,7 +25,6 @@ from robustlab.core.registry import CORRUPTIONS
 from .base import Reference
 
 Index = np.ndarray[Any, np.dtype[np.intp]]
-_DIRECT = 121  # weights up to which OpenCV sums directly; it transforms for more
 _MANY = 1 << 18  # values to gather for pixels in doubt, above which the whole image is computed again
 
 
@@ -266,32 +265,6 @@ def _unit_doubles() -> np.ndarray[Any, np.dtype[np.float64]]:
     return np.arange(256) / 255.0
 
 
-def _disc_image(image: Image, kernel: Image, scratch: Floats) -> Image:
-    """Return the filtered, truncated image, with the bits of OpenCV's filter in float64."""
-    import cv2
-
-    # the other weights, below 1e-13, cannot move a sum that is not left to OpenCV's float64 anyway
-    reach = max(abs(np.argwhere(kernel > 1e-13) - len(kernel) // 2).max(), 0)
-    middle = slice(len(kernel) // 2 - reach, len(kernel) // 2 + reach + 1)
-    core = kernel[middle, middle]
-    if core.shape == (2 * reach + 1,) * 2 and core.size <= _DIRECT:
-        np.copyto(scratch, image)
-        total = cv2.filter2D(scratch, cv2.CV_32F, core)
-        out, places = in_doubt(np.minimum(total, 255, out=total), 1e-3, 0.0)
-        if len(places) * core.size <= _MANY:
-            near = windows(image, places, int(reach), "reflect").reshape(-1, core.size)
-            values = (near * core.astype(np.float64).reshape(-1)).sum(1)
-            # nearer to a whole number, only the transform that OpenCV uses can tell on which side it comes out
-            if (np.abs(values - np.rint(values)) > 1e-9).all():
-                out.reshape(-1)[places] = np.minimum(values, 255).astype(np.uint8)
-                return out
-    doubles: Image = cv2.filter2D(cv2.LUT(image, _unit_doubles()), -1, kernel)
-    np.minimum(doubles, 1, out=doubles)
-    doubles *= 255
-    # what rounding leaves below 0 is truncated to 0
-    return doubles.astype(np.uint8)
-
-
 def disc_tensor(pixels: Tensor, kernel: np.ndarray[Any, np.dtype[np.float32]]) -> Tensor:
     """Return the filtered, truncated images on any device, from float64 sums of the taps that weigh anything."""
     height, width = pixels.shape[2:]
@@ -339,4 +312,14 @@ class RefDefocusBlur(Reference):
         kernel = published_disc(values["radius"], max(values["alias"], 1e-3))
         if pixels.device.type != "cpu":
             return disc_tensor(pixels, kernel)
-        return image_by_image(lambda _, image, scratch: _disc_image(image, kernel, scratch), pixels)
+        import cv2
+
+        def blurred(_: int, image: Image, scratch: Floats) -> Image:
+            del scratch
+            total: Image = cv2.filter2D(cv2.LUT(image, _unit_doubles()), -1, kernel)
+            np.minimum(total, 1, out=total)
+            total *= 255
+            # what rounding leaves below 0 is truncated to 0
+            return total.astype(np.uint8)
+
+        return image_by_image(blurred, pixels)

@@ -9,6 +9,7 @@ References:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
@@ -247,41 +248,65 @@ _EXTRA: Mapping[str, tuple[type[Reference], Mapping[Size, Table]]] = {
 }
 
 
-def _suite(operators: Mapping[str, tuple[type[Reference], Mapping[Size, Table]]], size: Size) -> tuple[Shift, ...]:
-    return tuple(make(kind, name, tables[size]) for name, (kind, tables) in operators.items())
+_FROST_SCALE: Mapping[Size, float] = {224: 1.0, 64: 0.3, 32: 0.2}
+
+
+def _suite(
+    operators: Mapping[str, tuple[type[Reference], Mapping[Size, Table]]], size: Size, textures: str = ""
+) -> tuple[Shift, ...]:
+    shifts = []
+    for name, (kind, tables) in operators.items():
+        shift = make(kind, name, tables[size])
+        if isinstance(shift, RefFrost):
+            shift = dataclasses.replace(shift, scale=_FROST_SCALE[size], textures=textures)
+        shifts.append(shift)
+    return tuple(shifts)
 
 
 @SUITES.register("imagenet-c")
-def imagenet_c() -> tuple[Shift, ...]:
-    """Return the 15 corruptions of ImageNet-C, made for 224 x 224 px; the frost pictures are drawn."""
-    return _suite(_MAIN, 224)
+def imagenet_c(textures: str = "") -> tuple[Shift, ...]:
+    """Return the 15 corruptions of ImageNet-C, made for 224 x 224 px.
+
+    Args:
+        textures: Folder with the published frost pictures, which are not part of this package; without it, frost is
+            drawn, and is the one corruption that only resembles the published one.
+    """
+    return _suite(_MAIN, 224, textures)
 
 
 @SUITES.register("imagenet-c-extra")
 def imagenet_c_extra() -> tuple[Shift, ...]:
-    """Return the 4 extra corruptions of ImageNet-C, for 224 x 224 px."""
+    """Return the 4 extra corruptions of ImageNet-C, made for 224 x 224 px."""
     return _suite(_EXTRA, 224)
 
 
 @SUITES.register("tiny-imagenet-c")
-def tiny_imagenet_c() -> tuple[Shift, ...]:
-    """Return the 15 corruptions of Tiny ImageNet-C, made for 64 x 64 px; the frost pictures are drawn."""
-    return _suite(_MAIN, 64)
+def tiny_imagenet_c(textures: str = "") -> tuple[Shift, ...]:
+    """Return the 15 corruptions of Tiny ImageNet-C, made for 64 x 64 px.
+
+    Args:
+        textures: Folder with the published frost pictures; without it, frost is drawn.
+    """
+    return _suite(_MAIN, 64, textures)
 
 
 @SUITES.register("tiny-imagenet-c-extra")
 def tiny_imagenet_c_extra() -> tuple[Shift, ...]:
-    """Return the 4 extra corruptions of Tiny ImageNet-C, for 64 x 64 px."""
+    """Return the 4 extra corruptions of Tiny ImageNet-C, made for 64 x 64 px."""
     return _suite(_EXTRA, 64)
 
 
 @SUITES.register("cifar-10-c")
-def cifar_10_c() -> tuple[Shift, ...]:
-    """Return the 15 corruptions of CIFAR-10-C, made for 32 x 32 px; the frost pictures are drawn."""
-    return _suite(_MAIN, 32)
+def cifar_10_c(textures: str = "") -> tuple[Shift, ...]:
+    """Return the 15 corruptions of CIFAR-10-C, made for 32 x 32 px.
+
+    Args:
+        textures: Folder with the published frost pictures; without it, frost is drawn.
+    """
+    return _suite(_MAIN, 32, textures)
 
 
 @SUITES.register("cifar-10-c-extra")
 def cifar_10_c_extra() -> tuple[Shift, ...]:
-    """Return the 4 extra corruptions of CIFAR-10-C, for 32 x 32 px."""
+    """Return the 4 extra corruptions of CIFAR-10-C, made for 32 x 32 px."""
     return _suite(_EXTRA, 32)

@@ -19,7 +19,7 @@ from corruptions.reference.tone import (
     hsv_values,
 )
 
-SIZES = [(224, 224), (221, 219), (28, 28), (17, 9), (1, 1)]
+SIZES = [(300, 230), (221, 219), (28, 28), (17, 9), (1, 1)]
 ENHANCE = (0.15, 0.3, 0.5, 0.72, 0.9, 1.1, 1.15, 1.22, 1.4, 1.8, 2.0)
 PUBLISHED_HSV = [
     *({"lift": lift} for lift in (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)),
@@ -116,6 +116,13 @@ def test_hsv_equals_scikit_image_bit_for_bit(change):
     ordered = np.sort(expected.reshape(-1, 3), axis=1)[three]
     for place, each in enumerate((low, middle, bright)):
         assert np.abs(each[three] - ordered[:, place]).max() <= 255e-12
+
+
+def test_hsv_of_images_larger_than_a_block():
+    images = [image(300, 230, seed) for seed in range(2)]
+    done = run(RefSaturate.at(gain=2.0, offset=0.0), *images)
+    for place, each in enumerate(images):
+        assert np.array_equal(done[place], through_skimage(each, gain=2.0).astype(np.uint8))
 
 
 def test_grey_images_go_through_three_channels():

@@ -198,7 +198,7 @@ def muddied(image, liquid, threshold, sigma):
 
 
 @pytest.mark.parametrize("severity", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("size", [(96, 96), (70, 83)], ids=str)
+@pytest.mark.parametrize("size", [(224, 210), (70, 83)], ids=str)
 def test_spatter_bytes(severity, size):
     images = textured(4, *size, seed=3)
     draws, values, ours = run(RefSpatter(), images, severity)

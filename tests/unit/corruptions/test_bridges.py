@@ -60,6 +60,13 @@ class Failing(torch.nn.Module):
         return image
 
 
+class InPlace(torch.nn.Module):
+    """Writes into the image that it is given."""
+
+    def forward(self, image):
+        return image.mul_(0.5)
+
+
 class Held(mt.Transform):
     """Holds a random part that it never seeds."""
 
@@ -216,12 +223,18 @@ def test_global_state_is_put_back_when_a_transform_fails():
     assert global_state() == before
 
 
-def test_the_callers_transform_is_left_alone():
+def test_the_callers_transform_and_images_are_left_alone():
     own = mt.Compose([mt.RandGaussianNoise(prob=1)])
     own.set_random_state(7)
     states = [part.R.get_state()[1].tolist() for part in (own, own.transforms[0])]
     FromMONAI(own, name="own").on(batch_of(), 3, ShiftContext())
     assert [part.R.get_state()[1].tolist() for part in (own, own.transforms[0])] == states
+    batch = batch_of()
+    assert torch.equal(
+        FromTorchvision(InPlace(), name="in-place", pixels="float32").on(batch, 3, ShiftContext()).images,
+        batch_of().images * 0.5,
+    )
+    assert torch.equal(batch.images, batch_of().images)
     module = Anything()
     module.note = "before"
     FromTorchvision(module, name="own").on(batch_of(), 3, ShiftContext())

@@ -63,6 +63,13 @@ def test_every_level_of_each_channel(kind):
     assert torch.equal(kind()(pixels, 3.3, ids=ids), by_floats(kind(), pixels, 3.3, ids))
 
 
+@pytest.mark.parametrize("kind", [Saturation, StainShift])
+@pytest.mark.parametrize("size", [(224, 200), (300, 230)], ids=str)
+def test_images_larger_than_a_block_keep_their_own_draws(kind, size):
+    pixels, ids = random_bytes(4, 3, *size), torch.arange(4)
+    assert torch.equal(kind()(pixels, 3, ids=ids), by_floats(kind(), pixels, 3, ids))
+
+
 def test_means_of_bytes_are_those_of_floats():
     for pixels in (random_bytes(5, 3, 60, 70), random_bytes(3, 1, 1, 1), torch.full((2, 3, 224, 224), 255).byte()):
         floats = from_bytes(pixels).to(torch.float64).mean((1, 2, 3)).to(torch.float32)

@@ -243,11 +243,11 @@ def test_another_version_or_level_of_a_shift_recomputes_that_shift(place, monkey
 
 
 def test_the_version_of_a_part_recomputes_the_composition(tmp_path, monkeypatch):
-    options = {"shifts": (Compose([Gamma(), GaussianNoise()]), Gamma()), "attacks": ()}
+    options = {"shifts": (Compose([GaussianNoise(), Gamma()]), Gamma()), "attacks": ()}
     again(tmp_path, **options)
     assert again(tmp_path, **options)[0] == {}
     monkeypatch.setattr(GaussianNoise, "version", GaussianNoise.version + 1)
-    assert again(tmp_path, **options)[0] == {"gamma+gaussian-noise@1": 3, "gamma+gaussian-noise@3": 3}
+    assert again(tmp_path, **options)[0] == {"gaussian-noise+gamma@1": 3, "gaussian-noise+gamma@3": 3}
 
 
 def test_a_changed_attack_recomputes_that_attack(place):
