@@ -12,10 +12,12 @@ import robustlab
 from corruptions import PGD, Compose, OneOf
 from defenses import DeepEnsemble, TemperatureScaling
 from robustlab.core.registry import CORRUPTIONS
+from robustlab.core.types import ImageSpec
 
 COUNT, CHUNK, SIZE = 40, 16, 12
+EVERY = tuple(CORRUPTIONS.get(name)() for name in CORRUPTIONS.names())
 SHIFTS = (
-    *(CORRUPTIONS.get(name)() for name in CORRUPTIONS.names()),
+    *(shift for shift in EVERY if shift.storable and shift.skip_reason(ImageSpec(3, (SIZE, SIZE))) is None),
     Compose([CORRUPTIONS.get(name)() for name in ("defocus-blur", "poisson-noise", "jpeg")]),
     OneOf([CORRUPTIONS.get(name)() for name in ("gaussian-noise", "gamma", "jpeg")]),
 )
