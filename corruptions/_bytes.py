@@ -14,6 +14,7 @@ from robustlab.core.shift import from_bytes, to_bytes
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
+_WORTH_A_THREAD = 1 << 14  # bytes of an image
 _BLOCK = 1 << 16  # pixels worked on at once on the CPU: 256 KB a plane as float32
 
 
@@ -162,7 +163,8 @@ def each_image(function: Callable[[Pixels], Pixels], pixels: Tensor) -> Tensor:
         for place in range(start, stop):
             out[place] = function(images[place])
 
-    threads = min(torch.get_num_threads(), len(images))
+    # with small images the threads would only wait for each other's Python
+    threads = min(torch.get_num_threads(), len(images)) if images[0].size >= _WORTH_A_THREAD else 1
     if threads == 1:
         work(0, len(images))
     else:

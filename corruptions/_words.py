@@ -28,21 +28,9 @@ _SERIAL = 1 << 15  # torch shares longer ones out among its own threads, and her
 _Q12_LARGEST = 17695  # the largest of the normal quantiles, 4.32, in units of 2^-12
 
 
-@lru_cache(maxsize=1)
-def _wide_look_up() -> bool:
-    import cv2
-
-    return int(cv2.__version__.split(".")[0]) >= 5
-
-
 def look_up_halves(index: Array, table: Array, out: Array) -> None:
     """Write ``table[index]`` to ``out``; index uint16 (n,), table (65536,), all contiguous."""
-    if _wide_look_up():
-        import cv2
-
-        cv2.LUT(index.reshape(1, -1), table, dst=out.reshape(1, -1))
-    else:  # OpenCV 4 looks up bytes only
-        np.take(table, index, out=out, mode="clip")
+    np.take(table, index, out=out, mode="clip")
 
 
 def changed_in_blocks(pixels: Tensor, stream: Tensor, per_word: int, make: Callable[[int], Change]) -> Tensor:

@@ -95,14 +95,6 @@ def test_threads_blocks_and_memory_layout_change_no_bit(shift, monkeypatch):
     assert not torch.equal(results[0], pixels)
 
 
-@pytest.mark.parametrize("shift", [*REFERENCE, *PHYSICAL], ids=named)
-def test_opencv_4_gives_the_same_bytes(shift, monkeypatch):
-    pixels = ramp((4, 3, 33, 31))
-    expected = shift(pixels, 3, ids=keys(4))
-    monkeypatch.setattr(words, "_wide_look_up", lambda: False)
-    assert torch.equal(shift(pixels, 3, ids=keys(4)), expected)
-
-
 @pytest.mark.parametrize("shift", PHYSICAL, ids=named)
 @pytest.mark.parametrize("shape", [(3, 3, 100, 111), (40, 1, 28, 28), (2, 4, 1, 1)], ids=str)
 def test_bytes_are_the_rounded_floats(shift, shape):

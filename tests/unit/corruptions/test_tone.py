@@ -1,6 +1,5 @@
 """Tone and colour in physical mode: bytes against floats, closed forms, white and grey."""
 
-
 import pytest
 import torch
 from hypothesis import given, settings
