@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from corruptions.blur import DefocusBlur
 from corruptions.compression import JPEG
-from corruptions.contrast import ContrastLoss, Gamma
+from corruptions.contrast import Brightness, ContrastLoss, Gamma
+from corruptions.motion import MotionBlur
 from corruptions.noise import GaussianNoise, PoissonNoise
 from corruptions.resolution import DownUpSampling, Pixelate
 from corruptions.staining import StainShift
@@ -25,7 +26,9 @@ def standard() -> tuple[Shift, ...]:
         Pixelate(),
         StainShift(),
         ContrastLoss(),
+        Brightness(),
         Gamma(),
         DefocusBlur(),
+        MotionBlur(),
         JPEG(),
     )

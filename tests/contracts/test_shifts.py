@@ -334,7 +334,7 @@ def test_compositions_refuse_what_is_no_shift(kind, argument, error):
 def test_registries_hold_what_the_package_exports():
     assert {"compose", "one-of"} <= set(COMBINATORS.names())
     names = [shift.name for shift in SUITES.get("standard")()]
-    assert len(names) == len(set(names)) == 9
+    assert len(names) == len(set(names)) == 11
     assert set(names) <= set(CORRUPTION_NAMES)
     with pytest.raises(UnknownNameError, match="gaussian-noise"):
         CORRUPTIONS.get("gausian-noise")
