@@ -242,7 +242,7 @@ class GaussianBlur(Corruption):
     Borders are mirrored, which keeps the mean of the image; the kernel reaches to 4 sigma and has variance sigma^2.
 
     Args:
-        sigma: Standard deviation of the kernel along each axis, in pixels.
+        sigma: Standard deviation of the kernel along each axis, in percent of the image height.
 
     References:
         D. Hendrycks, T. Dietterich, "Benchmarking neural network robustness to common corruptions", 2019, 1903.12261.
@@ -251,16 +251,16 @@ class GaussianBlur(Corruption):
     family: ClassVar[str] = "blur"
     stage: ClassVar[str] = "optics"
     seen_in: ClassVar[tuple[str, ...] | None] = ("xray", "ct", "fundus", "oct")
-    sigma: Levels = Levels((0.7, 1.1, 1.7, 2.6, 4.0), identity=0.0, unit="px", scale="log")
+    sigma: Levels = Levels((0.3, 0.5, 0.8, 1.2, 1.8), identity=0.0, unit="% of image height", scale="log")
 
     def __post_init__(self) -> None:
-        check_levels(self, "sigma", self.sigma, 0, 1000)
+        check_levels(self, "sigma", self.sigma, 0, 50)
 
     def apply(self, images: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
         del draws
         if values["sigma"] == 0:
             return images
-        kernel = gaussian_kernel(values["sigma"])
+        kernel = gaussian_kernel(values["sigma"] / 100 * images.shape[2])
         if images.device.type != "cpu":
             return separable(images, kernel)
         return image_by_image(lambda _, image, scratch: _separable_image(image, kernel, scratch), images)
@@ -268,7 +268,7 @@ class GaussianBlur(Corruption):
     def apply_bytes(self, pixels: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
         if pixels.device.type != "cpu" or values["sigma"] == 0:
             return super().apply_bytes(pixels, draws, values)
-        kernel = gaussian_kernel(values["sigma"])
+        kernel = gaussian_kernel(values["sigma"] / 100 * pixels.shape[2])
 
         def blurred(_: int, image: Image, scratch: Floats) -> Image:
             return to_levels(_separable_image(to_units(image, scratch), kernel, scratch))

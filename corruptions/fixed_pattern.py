@@ -43,7 +43,7 @@ class FixedPattern(Corruption):
 
     gain: Levels = Levels((0.005, 0.01, 0.02, 0.03, 0.05), identity=0.0, unit="of the signal")
     offset: Levels = Levels((0.002, 0.004, 0.008, 0.012, 0.02), identity=0.0, unit="of full range")
-    dead: Levels = Levels((0.0, 0.0, 1 / 224, 2 / 224, 4 / 224), identity=0.0, unit="of the columns")
+    dead: Levels = Levels((0.0, 0.0, 0.005, 0.01, 0.02), identity=0.0, unit="of the columns")
 
     def __post_init__(self) -> None:
         check_levels(self, "gain", self.gain, 0)

@@ -64,34 +64,35 @@ class GlassBlur(Corruption):
     published operator (``ref:glass-blur``).
 
     Args:
-        reach: Farthest offset along each axis, in pixels, 0 to 1000.
+        reach: Farthest offset along each axis, in percent of the image height, 0 to 50.
     """
 
     family: ClassVar[str] = "blur"
     stage: ClassVar[str] = "optics"
     seen_in: ClassVar[tuple[str, ...] | None] = ("endoscopy", "fundus")
-    reach: Levels = Levels((0.3, 0.7, 1.4, 2.5, 4.0), identity=0.0, unit="px", scale="log")
+    reach: Levels = Levels((0.13, 0.3, 0.6, 1.1, 1.8), identity=0.0, unit="% of image height", scale="log")
 
     def __post_init__(self) -> None:
-        check_levels(self, "reach", self.reach, 0, 1000)
+        check_levels(self, "reach", self.reach, 0, 50)
 
     def draw(self, rng: SampleRng, shape: tuple[int, int, int]) -> Draws:
         return {"bits": rng.bits("offsets", shape[1] * shape[2]).view(len(rng), shape[1], shape[2])}
 
     def apply(self, images: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
-        return gather(images, *offsets(draws["bits"], values["reach"]))
+        return gather(images, *offsets(draws["bits"], values["reach"] / 100 * images.shape[2]))
 
     def apply_bytes(self, pixels: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
         count, channels, height, width = pixels.shape
+        reach = values["reach"] / 100 * height
         if pixels.device.type != "cpu" or channels > 4 or max(height, width) > _LONGEST:
-            return gather(pixels, *offsets(draws["bits"], values["reach"]))
+            return gather(pixels, *offsets(draws["bits"], reach))
         out = torch.empty((count, height, width, channels), dtype=torch.uint8)
         images, changed = pixels.permute(0, 2, 3, 1), out.numpy()
         places = torch.empty((height, width, 2), dtype=torch.int16)
         down = torch.arange(height, dtype=torch.float32)[:, None]
         right = torch.arange(width, dtype=torch.float32)
         for place in range(count):
-            row, column = offsets(draws["bits"][place], values["reach"])
+            row, column = offsets(draws["bits"][place], reach)
             places[:, :, 0] = column.add_(right)
             places[:, :, 1] = row.add_(down)
             image = images[place].contiguous().numpy()

@@ -109,7 +109,7 @@ class MotionBlur(Corruption):
     The line is centred on the pixel, so that contents get longer and do not move; borders are repeated.
 
     Args:
-        length: Of the line, in pixels.
+        length: Of the line, in percent of the image height.
 
     References:
         D. Hendrycks, T. Dietterich, "Benchmarking neural network robustness to common corruptions", 2019, 1903.12261.
@@ -118,17 +118,17 @@ class MotionBlur(Corruption):
     family: ClassVar[str] = "blur"
     stage: ClassVar[str] = "subject"
     seen_in: ClassVar[tuple[str, ...] | None] = ("xray", "ultrasound", "fundus", "dermoscopy", "endoscopy", "histology")
-    length: Levels = Levels((3.0, 5.0, 8.0, 13.0, 20.0), identity=0.0, unit="px", scale="log")
+    length: Levels = Levels((1.3, 2.2, 3.6, 5.8, 9.0), identity=0.0, unit="% of image height", scale="log")
 
     def __post_init__(self) -> None:
-        check_levels(self, "length", self.length, 0, 1000)
+        check_levels(self, "length", self.length, 0, 100)
 
     def draw(self, rng: SampleRng, shape: tuple[int, int, int]) -> Draws:
         del shape
         return {"angle": rng.uniform("angle") * 180}
 
     def apply(self, images: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
-        length = values["length"]
+        length = values["length"] / 100 * images.shape[2]
         if length == 0:
             return images
         rows, columns, weights = line_taps(draws["angle"], length)
@@ -140,7 +140,7 @@ class MotionBlur(Corruption):
     def apply_bytes(self, pixels: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
         if pixels.device.type != "cpu" or values["length"] == 0:
             return super().apply_bytes(pixels, draws, values)
-        taps = _each(*line_taps(draws["angle"], values["length"]))
+        taps = _each(*line_taps(draws["angle"], values["length"] / 100 * pixels.shape[2]))
 
         def blurred(place: int, image: Image, scratch: Floats) -> Image:
             return to_levels(mean_along(to_units(image, scratch), taps[place], scratch))

@@ -52,7 +52,7 @@ def entries_of(registry: Registry[Any]) -> list[dict[str, Any]]:
 def entry_of(name: str, item: Any) -> dict[str, Any]:
     """Return name and purpose of a member; of a corruption also what it is made for and its parameters."""
     doc = (getattr(item, "__doc__", None) or "").strip()
-    entry: dict[str, Any] = {"name": name, "about": " ".join(doc.split("\n\n")[0].split())}
+    entry: dict[str, Any] = {"name": name, "about": " ".join(doc.split("\n\n")[0].split()).replace("``", "")}
     if not (isinstance(item, type) and issubclass(item, Corruption)):
         return entry
     made = item()

@@ -60,8 +60,9 @@ def test_1_every_shift_moves_pixels_and_the_seed_moves_the_draws(exact):
     clean = exact.predictions["clean"].logits
     for condition in exact.predictions:
         moved = (exact.predictions[condition].logits != clean).any(1).float().mean()
-        # half a severity has not reached the corners of an image, or the next odd kernel
-        untouched = condition in ("clean", "dark-corners@0.5", "ref:black-corner@0.5", "ref:torchvision-blur@0.5")
+        # half a severity: not at the corners yet, below one grey level on 12 px, below the next odd kernel
+        quiet = ("dark-corners@0.5", "ref:black-corner@0.5", "gaussian-blur@0.5", "ref:torchvision-blur@0.5")
+        untouched = condition in ("clean", *quiet)
         assert moved > 0.9 if condition.endswith("@3") else untouched or moved > 0, condition
     noisy = "gaussian-noise@3"
     assert not torch.equal(exact.predictions[noisy].logits, other.predictions[noisy].logits)

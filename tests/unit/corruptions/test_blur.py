@@ -15,6 +15,16 @@ from robustlab.core.types import Batch
 BLURS = [GaussianBlur(), MotionBlur()]
 
 
+def gaussian(pixels, images):
+    """Return the blur of a standard deviation in pixels."""
+    return GaussianBlur.at(sigma=100 * pixels / images.shape[2])
+
+
+def motion(pixels, images):
+    """Return the blur of a length in pixels."""
+    return MotionBlur.at(length=100 * pixels / images.shape[2])
+
+
 def texture(count, channels, height, width, seed=0):
     noise = torch.rand((count, channels, height, width), generator=torch.Generator().manual_seed(seed))
     return (noise * 255).to(torch.uint8)
@@ -50,7 +60,7 @@ def test_gaussian_kernels_move_smoothly_also_where_the_reach_grows():
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_gaussian_blur_is_scipys_on_mirrored_borders(sigma, channels):
     images = torch.rand((2, channels, 41, 33), generator=torch.Generator().manual_seed(1))
-    ours = GaussianBlur.at(sigma=sigma)(images, 1).numpy()
+    ours = gaussian(sigma, images)(images, 1).numpy()
     theirs = scipy.ndimage.gaussian_filter(images.numpy().astype(np.float64), (0, 0, sigma, sigma), mode="reflect")
     # the width of the cut kernel is raised by half a thousandth, so that its variance is sigma^2
     assert np.abs(ours - theirs).max() < 3e-4
@@ -63,23 +73,21 @@ def test_gaussian_blur_is_scipys_on_mirrored_borders(sigma, channels):
 
 def test_gaussian_blur_keeps_the_mean_and_adds_variances():
     images = torch.rand((2, 1, 50, 60), generator=torch.Generator().manual_seed(2))
-    blurred = GaussianBlur.at(sigma=7.0)(images, 1)
+    blurred = gaussian(7.0, images)(images, 1)
     assert blurred.mean((1, 2, 3)).tolist() == pytest.approx(images.mean((1, 2, 3)).tolist(), abs=1e-6)
-    twice = GaussianBlur.at(sigma=2.4)(GaussianBlur.at(sigma=1.8)(images, 1), 1)
-    once = GaussianBlur.at(sigma=3.0)(images, 1)
+    twice = gaussian(2.4, images)(gaussian(1.8, images)(images, 1), 1)
+    once = gaussian(3.0, images)(images, 1)
     assert (twice - once).abs().max().item() < 3e-4
 
 
 def test_what_other_devices_run_is_the_same_blur():
     images = torch.rand((3, 3, 30, 21), generator=torch.Generator().manual_seed(3))
     for sigma in (0.2, 1.1, 4.0):
-        assert torch.allclose(
-            separable(images, gaussian_kernel(sigma)), GaussianBlur.at(sigma=sigma)(images, 1), atol=1e-6
-        )
+        assert torch.allclose(separable(images, gaussian_kernel(sigma)), gaussian(sigma, images)(images, 1), atol=1e-6)
     for length in (0.4, 3.0, 13.0):
         taps = line_taps(angles_of(3), length)
         ids = torch.arange(3)
-        assert torch.allclose(gather_along(images, *taps), MotionBlur.at(length=length)(images, 1, ids=ids), atol=1e-6)
+        assert torch.allclose(gather_along(images, *taps), motion(length, images)(images, 1, ids=ids), atol=1e-6)
 
 
 @pytest.mark.parametrize("blur", BLURS, ids=repr)
@@ -194,7 +202,7 @@ def test_a_point_is_smeared_along_the_drawn_direction():
     images = torch.zeros(40, 1, 33, 33)
     images[:, :, 16, 16] = 1
     ids = torch.arange(40)
-    smeared = MotionBlur.at(length=15.0)(images, 1, ids=ids)[:, 0].double()
+    smeared = motion(15.0, images)(images, 1, ids=ids)[:, 0].double()
     place = torch.arange(33).double() - 16
     rows = (smeared * place[:, None]).sum((1, 2))
     columns = (smeared * place[None, :]).sum((1, 2))
