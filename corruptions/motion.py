@@ -118,7 +118,7 @@ class MotionBlur(Corruption):
     family: ClassVar[str] = "blur"
     stage: ClassVar[str] = "subject"
     seen_in: ClassVar[tuple[str, ...] | None] = ("xray", "ultrasound", "fundus", "dermoscopy", "endoscopy", "histology")
-    length: Levels = Levels((1.3, 2.2, 3.6, 5.8, 9.0), identity=0.0, unit="% of image height", scale="log")
+    length: Levels = Levels((1.6, 2.6, 4.2, 6.4, 9.5), identity=0.0, unit="% of image height", scale="log")
 
     def __post_init__(self) -> None:
         check_levels(self, "length", self.length, 0, 100)
