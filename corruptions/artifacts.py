@@ -71,7 +71,9 @@ class Debris(Corruption):
         # the field climbs about 2 in a coarse pitch at a blot's edge, so this is an edge of about 1.5 px
         ramp = min(1.0, 3.0 / pitches["coarse"])
         shape = field.sub_(threshold(values["cover"] / 100, ramp)).div_(ramp).clamp_(0, 1)[:, None]
-        tint = torch.tensor((0.9, 1.0, 1.06) if channels == 3 else (1.0,), device=images.device).view(1, -1, 1, 1)
+        tint = torch.tensor(
+            (0.9, 1.0, 1.06) if channels == 3 else (1.0,), dtype=torch.float32, device=images.device
+        ).view(1, -1, 1, 1)
         opacity = (0.7 + 0.2 * draws["opacity"]) * tint
         return images * (1 - opacity * shape)
 
@@ -259,7 +261,7 @@ def _page(draws: Draws, words: float, rows: int, columns: int) -> tuple[Tensor, 
         1, place, draws["letters"][:, :used].flatten(1)
     )
     faint = (words - word).clamp(0, 1).to(torch.float32)[None, :, None].expand(count, -1, _LONGEST).flatten(1)
-    strength = torch.zeros((count, spare), device=word.device).scatter_(1, place, faint)
+    strength = torch.zeros((count, spare), dtype=torch.float32, device=word.device).scatter_(1, place, faint)
     return letters[:, :-1].view(count, rows, columns), strength[:, :-1].view(count, rows, columns)
 
 

@@ -49,7 +49,7 @@ class Saturation(Corruption):
 
     def apply(self, images: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
         factor = values["factor"]
-        change = torch.where(draws["sign"] > 0, factor - 1, 1 / factor - 1)
+        change = torch.where(draws["sign"] > 0, factor - 1, 1 / factor - 1).to(torch.float32)
         out = torch.empty_like(images)
         planes = [images[:, channel : channel + 1] for channel in range(3)]
         for channel, plane in enumerate(planes):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from robustlab.core.corruption import STAGES, Corruption
-from robustlab.core.errors import KindError, RangeError, RobustlabWarning, UnknownNameError
+from robustlab.core.errors import ConfigError, KindError, RangeError, RobustlabWarning, UnknownNameError
 from robustlab.core.registry import COMBINATORS
 from robustlab.core.shift import Shift, ShiftContext, from_bytes, to_bytes
 from robustlab.core.types import Batch, ImageSpec
@@ -47,6 +47,14 @@ class Compose(Shift):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shifts", checked_shifts("Compose", self.shifts))
+        late = [shift.label for shift in self.shifts[1:] if getattr(shift, "ignores_pixels", False)]
+        if late:
+            raise ConfigError(
+                "Compose",
+                "a stored set in the first place, since it ignores the pixels it is given",
+                late[0],
+                "Move it.",
+            )
         clash = _clash(self.shifts)
         if clash is not None:
             warnings.warn(_order_message(self.shifts, *clash), RobustlabWarning, stacklevel=3)
@@ -398,7 +406,7 @@ def _rounds(shift: Shift) -> bool:
         return all(_rounds(part) for part in shift.shifts)
     if isinstance(shift, (Sometimes, ByScanner)):
         return _rounds(shift.shift)
-    return isinstance(shift, Corruption) and shift.mode == "reference"
+    return isinstance(shift, Corruption) and shift.mode == "reference" and shift.storable
 
 
 def _as_before(batch: Batch, whole: bool) -> Batch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -130,7 +130,7 @@ class Gamma(_EitherWay):
 
     def apply(self, images: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
         exponent = values["exponent"]
-        power = torch.where(draws["sign"] > 0, exponent, 1 / exponent)
+        power = torch.where(draws["sign"] > 0, exponent, 1 / exponent).to(torch.float32)
         # exp and log give the same bits wherever a pixel stands in memory, which pow does not; log 0 = -inf gives 0
         return torch.log(images).mul_(power).exp_()
 
@@ -146,11 +146,10 @@ class Brightness(_EitherWay):
 
     family: ClassVar[str] = "contrast"
     stage: ClassVar[str] = "exposure"
-    domain: ClassVar[Literal["display", "light", "optical density"]] = "light"
     gain: Levels = Levels((1.15, 1.3, 1.5, 1.8, 2.2), identity=1.0, unit="x exposure", scale="log")
 
     def __post_init__(self) -> None:
         check_levels(self, "gain", self.gain, 1)
 
     def apply(self, images: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
-        return images * torch.where(draws["sign"] > 0, values["gain"], 1 / values["gain"])
+        return images * torch.where(draws["sign"] > 0, values["gain"], 1 / values["gain"]).to(torch.float32)

@@ -121,9 +121,15 @@ def moved_boxes(boxes: tuple[Tensor, ...], shift: Tensor) -> tuple[Tensor, ...]:
     top = torch.tensor([width, height], dtype=torch.float32, device=shift.device)
     point = torch.minimum(point.clamp_min(0), top)
     found = torch.cat((point.amin(1), point.amax(1)), dim=1)
-    return tuple(
-        part.to(old.dtype) for part, old in zip(torch.split(found, [len(part) for part in boxes]), boxes, strict=True)
-    )
+    parts = torch.split(found, [len(part) for part in boxes])
+    return tuple(_as_dtype(part, old.dtype) for part, old in zip(parts, boxes, strict=True))
+
+
+def _as_dtype(boxes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return boxes in their own kind of numbers; whole pixels are taken so that the box still holds its content."""
+    if dtype.is_floating_point:
+        return boxes.to(dtype)
+    return torch.cat((boxes[:, :2].floor(), boxes[:, 2:].ceil()), dim=1).to(dtype)
 
 
 @CORRUPTIONS.register("elastic")

@@ -39,12 +39,13 @@ _SHARES = (1.0, 1.0, 0.5)  # the residual is no stain, and moves half as far
 @CORRUPTIONS.register("stain-shift")
 @dataclass(frozen=True)
 class StainShift(Corruption):
-    """Stronger or weaker stains: the amounts c of haematoxylin, eosin and residual become alpha^s c + t beta w.
+    """Stronger or weaker stains: amounts of haematoxylin and eosin are scaled and offset; white stays white.
 
-    c M = OD = -ln(max(x, 1/255)) with a full 3 x 3 matrix M, so that at alpha = 1 and beta = 0 nothing changes. s and t
-    are -1 or 1, drawn for each image and stain, and half of that for the residual, which is no stain. Negative amounts
-    of a stain come from the lamp's colour and keep their value under alpha. The tissue weight
-    w = 1 - exp(-(mean OD / 0.15)^2) is 0 where the slide is empty, so that white stays white.
+    The amounts c of haematoxylin, eosin and residual become alpha^s c + t beta w. c M = OD = -ln(max(x, 1/255))
+    with a full 3 x 3 matrix M, so that at alpha = 1 and beta = 0 nothing changes. s and t are -1 or 1, drawn for
+    each image and stain, and half of that for the residual, which is no stain. Negative amounts of a stain come
+    from the lamp's colour and keep their value under alpha. The tissue weight w = 1 - exp(-(mean OD / 0.15)^2) is 0
+    where the slide is empty, so that white stays white.
 
     Args:
         alpha: Factor of the stain amounts, at least 1.

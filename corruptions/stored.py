@@ -50,6 +50,7 @@ class Stored(Shift):
     """
 
     opaque: ClassVar[bool] = True
+    ignores_pixels: ClassVar[bool] = True
     title: str
     layout: Literal["npy", "npz", "folder"]
     path: str
@@ -283,7 +284,11 @@ def _check_classes(files: Sequence[str], source: Source, who: str) -> None:
 def _severity_folders(root: Path) -> list[Path]:
     """Return the folders that hold the five severities: the root itself, or those up to two levels below it."""
     places = [root, *sorted(root.glob("*/")), *sorted(root.glob("*/*/"))]
-    found = [place for place in places if (place / "1").is_dir()]
+    found: list[Path] = []
+    for place in places:
+        # what lies inside a corruption are its severities and classes, whatever their names
+        if (place / "1").is_dir() and not any(holder in place.parents for holder in found):
+            found.append(place)
     for place in found:
         lacking = [str(severity) for severity in SEVERITIES if not (place / str(severity)).is_dir()]
         if lacking:

@@ -23,6 +23,7 @@ class Reference(Corruption):
 
     Args:
         published: Name in the published benchmark, shown in tables in place of the registered one.
+        made_for: Side in pixels of the images that the published parameters were chosen for; 0 if unknown.
     """
 
     mode: ClassVar[Literal["physical", "reference"]] = "reference"
@@ -31,6 +32,7 @@ class Reference(Corruption):
     """Equal channels stay equal, and each depends on itself only, so that grey images may take one channel."""
 
     published: str = field(default="", kw_only=True)
+    made_for: int = field(default=0, kw_only=True)
 
     @property
     def label(self) -> str:

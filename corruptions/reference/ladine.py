@@ -81,8 +81,10 @@ class RefLadineResolution(LadineShift):
         del draws
         height, width = images.shape[2:]
         small = (max(1, int(height / values["factor"])), max(1, int(width / values["factor"])))
-        down = interpolate(images.contiguous(), small, mode="bilinear", align_corners=False)
-        return interpolate(down, (height, width), mode="bilinear", align_corners=False)
+        # one plane at a time: for three channels torch sums in another order with one thread than with two
+        planes = images.reshape(-1, 1, height, width)
+        down = interpolate(planes, small, mode="bilinear", align_corners=False)
+        return interpolate(down, (height, width), mode="bilinear", align_corners=False).view(images.shape)
 
 
 @CORRUPTIONS.register("ref:ladine-contrast")

@@ -256,7 +256,7 @@ def _suite(
 ) -> tuple[Shift, ...]:
     shifts = []
     for name, (kind, tables) in operators.items():
-        shift = make(kind, name, tables[size])
+        shift = make(kind, name, tables[size], size)
         if isinstance(shift, RefFrost):
             shift = dataclasses.replace(shift, scale=_FROST_SCALE[size], textures=textures)
         shifts.append(shift)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+from numbers import Real
+from typing import SupportsIndex
+
 import torch
 from torch import Tensor
 
@@ -39,8 +43,20 @@ def check_images(images: Tensor, who: str, *, bytes_too: bool = False) -> None:
             "Divide 8-bit images by 255: images.float() / 255.",
         )
     if images.ndim != 4:
-        hint = "Use images[None]" if images.ndim == 3 else "Add the missing axes"
-        raise ShapeError(who, "images of shape (N, C, H, W)", f"shape {tuple(images.shape)}", f"{hint}.")
+        hint = "Use images[None] for one image (C, H, W), images[:, None] for grey images (N, H, W)."
+        raise ShapeError(
+            who,
+            "images of shape (N, C, H, W)",
+            f"shape {tuple(images.shape)}",
+            hint if images.ndim == 3 else "Add the missing axes.",
+        )
+    if images.shape[3] in (3, 4) and min(images.shape[1:3]) > 4:
+        raise ShapeError(
+            who,
+            "images of shape (N, C, H, W)",
+            f"shape {tuple(images.shape)}, which looks like (N, H, W, C)",
+            "Use images.permute(0, 3, 1, 2).",
+        )
     if images.numel() == 0:
         raise ShapeError(who, "at least one image and pixel", f"shape {tuple(images.shape)}", "The batch is empty.")
     if whole:
@@ -53,7 +69,9 @@ def check_images(images: Tensor, who: str, *, bytes_too: bool = False) -> None:
             who,
             "pixels in [0, 1]",
             f"[{low.item():.4g}, {high.item():.4g}]",
-            "Divide by 255, or pass value_range=(low, high) to load_data.",
+            "Shifts come before normalisation: put them before Normalize."
+            if low < 0 and high < 50
+            else "Divide by 255, or pass value_range=(low, high) to load_data.",
         )
 
 
@@ -111,10 +129,22 @@ def check_severity(severity: float, who: str) -> float:
         KindError: It is not a number.
         RangeError: It lies outside [0, 5].
     """
-    if isinstance(severity, bool) or not isinstance(severity, (int, float)):
+    given: object = severity
+    if isinstance(given, bool) or not isinstance(given, Real):
         raise KindError(who, "severity as a number from 0 to 5", f"{severity!r}", "Pass e.g. severity=3.")
     if not 0 <= severity <= MAX_SEVERITY:
         raise RangeError(
             who, "severity from 0 to 5", f"{severity}", "0 is the identity, 5 the strongest; .at() sets other values."
         )
     return float(severity)
+
+
+def check_seed(seed: object, who: str) -> int:
+    """Return ``seed`` as a plain int, so that equal numbers draw alike whatever their type.
+
+    Raises:
+        KindError: It is no integer.
+    """
+    if isinstance(seed, SupportsIndex) and not isinstance(seed, bool):
+        return operator.index(seed)
+    raise KindError(who, "seed as an integer", f"{seed!r}", "Pass e.g. seed=0.")

@@ -163,9 +163,12 @@ class Corruption(Shift):
             batch = self.move_labels(batch, draws, values)
         if batch.images.dtype == torch.uint8:
             return batch.replace(self.apply_bytes(batch.images, draws, values))
-        changed = self.apply(batch.images.to(torch.float32), draws, values)
+        images = batch.images.to(torch.float32)
         if self.storable:
-            changed = changed.clamp(0, 1)
+            # what came before in a chain may have left [0, 1]
+            changed = self.apply(images.clamp(0, 1), draws, values).clamp(0, 1)
+        else:
+            changed = self.apply(images, draws, values)
         return batch.replace(changed.to(batch.images.dtype))
 
     def _check(self, images: Tensor) -> None:
@@ -176,4 +179,4 @@ class Corruption(Shift):
         elif min(height, width) < self.min_size:
             wanted, got = f"images of at least {self.min_size} x {self.min_size} px", f"{height} x {width}"
         if wanted:
-            raise ConfigError(repr(self), wanted, got, "Leave this corruption out for such images.")
+            raise ConfigError(self.label, wanted, got, "Leave this corruption out for such images.")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from .errors import DuplicateNameError, PluginError, UnknownNameError
+from .errors import DuplicateNameError, KindError, PluginError, UnknownNameError
 
 if TYPE_CHECKING:
     from robustlab.metrics.base import Metric
@@ -50,6 +50,10 @@ class Registry(Generic[T]):
         Raises:
             DuplicateNameError: The name is taken by another object, or is not kebab-case.
         """
+        if not isinstance(name, str):
+            raise KindError(
+                f"{self.kind} registry", "a name", repr(name), f'Decorate with @register_{self.kind}("my-name").'
+            )
         if not _NAME.match(name):
             raise DuplicateNameError(
                 f"{self.kind} registry", "a kebab-case name such as 'gaussian-noise'", repr(name), "Rename it."

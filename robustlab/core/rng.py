@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import operator
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -113,7 +114,7 @@ def _mixed_places(count: int, device: torch.device) -> Tensor:
     return _mix32_(x, torch.empty_like(x))
 
 
-_counter = lru_cache(maxsize=32)(_mixed_places)
+_counter = lru_cache(maxsize=4)(_mixed_places)  # as large as an image
 
 
 @lru_cache(maxsize=8)
@@ -278,7 +279,9 @@ class SampleRng:
     @staticmethod
     def make(seed: int, stream: str, ids: Tensor, *, epoch: int = 0, step: int = 0) -> SampleRng:
         """Return the generator of (seed, stream, epoch, step) for the samples ``ids`` (int64 (N,))."""
-        return SampleRng(_mix64(_mix64(ids) ^ stable_hash(seed, stream, epoch, step)))
+        # the hash tells kinds of numbers apart, and NumPy's integers are meant as integers
+        numbers = operator.index(seed), operator.index(epoch), operator.index(step)
+        return SampleRng(_mix64(_mix64(ids) ^ stable_hash(numbers[0], stream, numbers[1], numbers[2])))
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 import torch
 from torch import Tensor
 
-from .checks import check_images, check_severity
+from .checks import check_images, check_seed, check_severity
 from .errors import KindError, ShapeError
 from .rng import SampleRng, content_ids
 from .types import Batch, ImageSpec
@@ -51,7 +51,8 @@ class ShiftContext:
         """Return the context of the samples at ``index``."""
         if self.device_keys is None:
             return self
-        return dataclasses.replace(self, device_keys=self.device_keys.index_select(0, index))
+        here = index.to(self.device_keys.device)
+        return dataclasses.replace(self, device_keys=self.device_keys.index_select(0, here))
 
     def still(self) -> ShiftContext:
         """Return the context of what does not change from epoch to epoch and step to step."""
@@ -140,7 +141,7 @@ class Shift(ABC):
     @final
     def on(self, batch: Batch, severity: float, ctx: ShiftContext) -> Batch:
         """Return the batch at ``severity`` (0 to 5); 0 returns it unchanged, bit for bit."""
-        severity = check_severity(severity, repr(self))
+        severity = check_severity(severity, self.label)
         if severity == 0:
             return batch
         return self.perform(batch, self.prepare(batch, ctx), severity, ctx)
@@ -163,10 +164,11 @@ class Shift(ABC):
             ShapeError: The images are not (N, C, H, W).
             RangeError: The pixels leave [0, 1], or the severity leaves [0, 5].
         """
-        check_images(images, repr(self), bytes_too=True)
+        check_images(images, self.label, bytes_too=True)
         if ids is not None and (not isinstance(ids, Tensor) or ids.dtype != torch.int64):
-            raise KindError(repr(self), "ids as an int64 tensor", f"{ids!r}", "Use torch.tensor(ids) on integers.")
-        ctx = ShiftContext(seed=seed)
+            hint = "Use torch.tensor(ids) on integers, robustlab.core.rng.hash_ids on strings."
+            raise KindError(self.label, "ids as an int64 tensor", f"{ids!r}", hint)
+        ctx = ShiftContext(seed=check_seed(seed, self.label))
         whole = images.dtype == torch.uint8
         given = from_bytes(images) if whole and (ids is None or not self.takes_bytes) else images
         keys = content_ids(given) if ids is None else ids.to(images.device)

@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from robustlab import __version__
-from robustlab.core.checks import check_severity
+from robustlab.core.checks import check_seed, check_severity
 from robustlab.core.errors import ConfigError, DataFileError, KindError
 from robustlab.core.shift import Shift, ShiftContext, quantize
 from robustlab.core.source import Source
@@ -110,10 +110,13 @@ def write_corrupted(
             who, "a folder that can be written", f"{type(error).__name__}: {error}", "Choose another."
         ) from error
     reasons = [shift.skip_reason(source.info.spec) or _unstorable(shift) for shift in shifts]
+    if all(why is not None for why in reasons):
+        told = "; ".join(f"{shift.label}: {why}" for shift, why in zip(shifts, reasons, strict=True))
+        raise ConfigError(who, "at least one shift that can be written for these images", told, "Choose other shifts.")
     plan = _plan([s for s, why in zip(shifts, reasons, strict=True) if why is None], levels, folder, format)
     head = _head(source, shifts, reasons, levels, seed, format)
     entries = _finished(folder, head, plan)
-    context = ShiftContext(seed=seed, spec=source.info.spec)
+    context = ShiftContext(seed=check_seed(seed, who), spec=source.info.spec)
     todo = [condition for condition in plan if condition.path.name not in entries]
     with tqdm(total=len(todo) * len(source), desc="writing", unit="image", disable=not progress) as bar:
         for shift in dict.fromkeys(id(condition.shift) for condition in todo):
@@ -169,7 +172,9 @@ def _plan(shifts: Sequence[Shift], severities: Sequence[float], folder: Path, fo
 
 
 def _unstorable(shift: Shift) -> str | None:
-    return None if shift.storable else "its values leave [0, 1], which files of this kind cannot hold"
+    if shift.storable:
+        return None
+    return "its results are floats that are not rounded, which files of this bit depth cannot hold"
 
 
 def _config(shift: Shift) -> Any:

@@ -19,6 +19,7 @@ from concurrent.futures import (
 )
 from typing import Any, ParamSpec, TypeVar
 
+import cv2
 import torch
 
 from robustlab.core.errors import ConfigError, ModelError, RangeError
@@ -142,6 +143,7 @@ def _begin(places: Any, threads: int) -> None:
     """Set up a worker: its device, its share of the cores, and its end when the process that started it is gone."""
     threading.Thread(target=_end_with_parent, daemon=True, name="robustlab-parent").start()
     torch.set_num_threads(threads)
+    cv2.setNumThreads(threads)
     if not places.empty():
         device = places.get()
         _DEVICE[:] = [device]

@@ -17,6 +17,7 @@ import torch
 from robustlab import __version__
 from robustlab.core.model import Capabilities, Model, WrappedModel
 from robustlab.core.source import Source
+from robustlab.core.types import ImageSpec
 from robustlab.metrics.base import Frozen
 from robustlab.metrics.store import PredictionStore
 
@@ -74,7 +75,7 @@ def make_manifest(
         "not_tested": [
             *notes,
             *warnings_of(model, capabilities, source, val, stores),
-            *not_tested(plan, val, ood, cluster, settings, failures),
+            *not_tested(plan, source.info.spec, val, ood, cluster, settings, failures),
         ],
         "frozen": {
             "thresholds": None if frozen.thresholds is None else frozen.thresholds.tolist(),
@@ -216,6 +217,7 @@ def warnings_of(
 
 def not_tested(
     plan: Plan,
+    spec: ImageSpec,
     val: Source | None,
     ood: Mapping[str, Source],
     cluster: str | None,
@@ -239,6 +241,15 @@ def not_tested(
         out.append("Several images of one patient: images are taken as independent (cluster=).")
     out += [f"{what}: {why}." for what, why in plan.skipped]
     out += [f"{name}: failed, see failures." for name in failures]
+    sides = {side for sweep in plan.sweeps if (side := getattr(sweep.shift, "made_for", 0))}
+    foreign = sorted(sides - {*spec.size} if spec.size[0] == spec.size[1] else sides)
+    if foreign:
+        wanted = " and ".join(f"{side} x {side}" for side in foreign)
+        height, width = spec.size
+        out.append(
+            f"Published severities: made for {wanted} px, used here on {height} x {width} px; not comparable with "
+            "published numbers."
+        )
     families = {getattr(sweep.shift, "family", "") for sweep in plan.sweeps}
     kinds_of_shift = (("geometric shifts", "geometry"), ("artefacts", "artifacts"))
     untouched = [word for word, family in kinds_of_shift if family not in families]

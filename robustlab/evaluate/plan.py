@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -123,11 +124,11 @@ def _named(name: str) -> tuple[Shift, ...]:
     have = (*SUITES.names(), *CORRUPTIONS.names())
     close = difflib.get_close_matches(name, have, n=3, cutoff=0.5)
     raise UnknownNameError(
-        "evaluate_under_shift",
-        f"the suites {', '.join(SUITES.names())} or the corruptions {', '.join(CORRUPTIONS.names())}",
+        "shifts",
+        "the name of a suite or a corruption",
         repr(name),
         (f"Did you mean {' or '.join(map(repr, close))}? " if close else "")
-        + "'robustlab list corruptions' shows the corruptions.",
+        + "'robustlab list suites' and 'robustlab list corruptions' show all of them.",
     )
 
 
@@ -182,7 +183,7 @@ def make_plan(
             label = _next_label(label)
         taken.add(label)
         points = [severity for severity, _ in shift.budgets] if isinstance(shift, Attack) else sorted(wanted)
-        sweeps.append(Sweep(shift, tuple(_condition(shift, label, severity, spec) for severity in points)))
+        sweeps.append(Sweep(shift, _telling(tuple(_condition(shift, label, severity, spec) for severity in points))))
     return Plan(tuple(sweeps), tuple(skipped))
 
 
@@ -202,6 +203,14 @@ def without_attacks(plan: Plan) -> Plan:
 def _next_label(label: str) -> str:
     stem, _, number = label.partition("#")
     return f"{stem}#{int(number or 1) + 1}"
+
+
+def _telling(conditions: tuple[Condition, ...]) -> tuple[Condition, ...]:
+    """Leave the amount out where it does not tell severities apart, as in published tables of several parameters."""
+    amounts = [condition.amount for condition in conditions]
+    if len(set(amounts)) == len(amounts) and all(condition.unit != "severity" for condition in conditions):
+        return conditions
+    return tuple(dataclasses.replace(condition, amount=float("nan"), unit="") for condition in conditions)
 
 
 def _condition(shift: Shift, label: str, severity: float, spec: ImageSpec) -> Condition:
