@@ -1,11 +1,13 @@
-"""Work on 8-bit images: memory layouts, sums, look-up tables, and codecs image by image over the processor's cores."""
+"""Work on images: blocks and threads for the CPU; and of 8-bit ones memory layouts, sums, look-up tables, codecs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,8 +16,42 @@ from robustlab.core.shift import from_bytes, to_bytes
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
-_WORTH_A_THREAD = 1 << 14  # bytes of an image
-_BLOCK = 1 << 16  # pixels worked on at once on the CPU: 256 KB a plane as float32
+BLOCK = 1 << 17
+"""Values worked on at once on the CPU: 512 KB as float32, 1 MB as float64, which stays in a core's cache."""
+
+_WORTH_A_THREAD = 1 << 14  # values of an image
+
+
+def blocks(images: Tensor, most: int = BLOCK) -> Iterator[slice]:
+    """Yield slices of a batch of about ``most`` values each, at least one image; on an accelerator one of all."""
+    step = max(1, most // max(1, math.prod(images.shape[1:])) if images.device.type == "cpu" else len(images))
+    for start in range(0, len(images), step):
+        yield slice(start, start + step)
+
+
+def pixel_blocks(flat: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Yield slices of the batch and of the pixels of images (N, C, P) on the CPU, half as large: for several planes."""
+    most = BLOCK // 2
+    for block in blocks(flat[:, 0], most):
+        for start in range(0, flat.shape[2], most):
+            yield block, slice(start, start + most)
+
+
+def in_threads(work: Callable[[int, int], None], count: int, values: int) -> None:
+    """Call ``work(start, stop)`` for parts of range(``count``), on as many threads as torch uses.
+
+    Args:
+        work: Should release the interpreter's lock, as NumPy, OpenCV, Pillow and SciPy do.
+        count: Of images.
+        values: Of one image; with small ones the threads would only wait for each other's Python, so one does it all.
+    """
+    threads = min(torch.get_num_threads(), count) if values >= _WORTH_A_THREAD else 1
+    if threads <= 1:
+        work(0, count)
+        return
+    bounds = [count * part // threads for part in range(threads + 1)]
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, bounds[:-1], bounds[1:]))
 
 
 def planar(pixels: Tensor) -> Tensor:
@@ -24,7 +60,6 @@ def planar(pixels: Tensor) -> Tensor:
         return pixels
     if pixels.device.type != "cpu" or pixels.shape[1] != 3:
         return pixels.contiguous()
-    import cv2
 
     out = torch.empty(pixels.shape, dtype=torch.uint8)
     target = out.numpy()
@@ -41,7 +76,6 @@ def interleaved(pixels: Tensor) -> Pixels:
         return images
     if not pixels.is_contiguous():
         return np.ascontiguousarray(images)
-    import cv2
 
     out = np.empty_like(images, order="C")
     for image, planes in zip(out, pixels.numpy(), strict=True):
@@ -53,8 +87,6 @@ def sums(pixels: Tensor) -> Tensor:
     """Return the exact sums of uint8 images over the pixels of each channel, int64 (N, C)."""
     if pixels.device.type != "cpu":
         return pixels.sum((2, 3), dtype=torch.int64)
-    import cv2
-
     count, channels = pixels.shape[:2]
     if channels == 3 and not pixels.is_contiguous():
         totals = [value for image in interleaved(pixels) for value in cv2.sumElems(image)[:3]]
@@ -127,24 +159,17 @@ def by_blocks(function: Callable[[Tensor, slice], Tensor], pixels: Tensor) -> Te
     if pixels.device.type != "cpu":
         return to_bytes(function(pixels, slice(0, len(pixels))))
     count, channels, height, width = pixels.shape
-    flat = planar(pixels).reshape(count, channels, 1, height * width)
+    flat = planar(pixels).reshape(count, channels, height * width)
     out = torch.empty_like(flat)
-    images = max(1, _BLOCK // (height * width))
-    step = min(_BLOCK, height * width)
-    for first in range(0, count, images):
-        block = slice(first, first + images)
-        for start in range(0, height * width, step):
-            part = flat[block, :, :, start : start + step]
-            done = function(part, block).clamp_(0, 1).mul_(255).round_()
-            out[block, :, :, start : start + step] = done
+    for block, part in pixel_blocks(flat):
+        out[block, :, part] = function(flat[block, :, None, part], block).clamp_(0, 1).mul_(255).round_()[:, :, 0]
     return out.reshape(pixels.shape)
 
 
 def each_image(function: Callable[[Pixels], Pixels], pixels: Tensor) -> Tensor:
     """Return the images after a function that takes and returns one uint8 image, (H, W, 3), or (H, W) for one channel.
 
-    It runs on as many threads as torch uses, so it should be one that releases the interpreter's lock (Pillow, OpenCV).
-    Images of other channel counts are taken as grey ones, channel by channel.
+    It runs by ``in_threads``. Images of other channel counts are taken as grey ones, channel by channel.
 
     Args:
         function: Of one image, keeping its shape; must not change it in place.
@@ -163,14 +188,7 @@ def each_image(function: Callable[[Pixels], Pixels], pixels: Tensor) -> Tensor:
         for place in range(start, stop):
             out[place] = function(images[place])
 
-    # with small images the threads would only wait for each other's Python
-    threads = min(torch.get_num_threads(), len(images)) if images[0].size >= _WORTH_A_THREAD else 1
-    if threads == 1:
-        work(0, len(images))
-    else:
-        bounds = [len(images) * part // threads for part in range(threads + 1)]
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(work, bounds[:-1], bounds[1:]))
+    in_threads(work, len(images), images[0].size)
     done = torch.from_numpy(out)
     if colour:
         done = done.permute(0, 3, 1, 2)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,13 +18,12 @@ from robustlab.core.corruption import Corruption, Draws
 from robustlab.core.levels import Levels
 from robustlab.core.registry import CORRUPTIONS
 
+from ._bytes import blocks, in_threads
 from ._checks import check_levels
 
 Image = np.ndarray[Any, np.dtype[Any]]
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Kernel = np.ndarray[tuple[int], np.dtype[np.float64]]
-
-_BLOCK = 1 << 17  # pixels worked on at once on the CPU: 512 KB, which stays in a core's cache
 
 
 def to_units(image: Image, out: Floats) -> Floats:
@@ -34,19 +33,16 @@ def to_units(image: Image, out: Floats) -> Floats:
 
 def to_levels(units: Floats) -> Image:
     """Return bytes of numbers from 0 to 1, rounded half to even."""
-    import cv2
-
     levels: Image = cv2.convertScaleAbs(units, alpha=255)
     return levels
 
 
 def image_by_image(function: Callable[[int, Image, Floats], Image], images: Tensor) -> Tensor:
-    """Return images after a function of (place in the batch, image, scratch), on as many threads as torch uses.
+    """Return images after a function of (place in the batch, image, scratch), by ``in_threads``.
 
     The function sees contiguous arrays, (H, W, 3), or (H, W) of one channel where there are not three, so that its bits
     do not depend on how the batch lies in memory; the scratch is float32, of the same shape, and may hold the result
-    (fresh memory for every image would cost more than a small blur). It should release the interpreter's lock, as
-    NumPy, OpenCV and SciPy do.
+    (fresh memory for every image would cost more than a small blur).
 
     Args:
         function: Keeps the shape and the dtype; must not change the image in place.
@@ -55,8 +51,6 @@ def image_by_image(function: Callable[[int, Image, Floats], Image], images: Tens
     Returns:
         (N, C, H, W), laid out in memory as the images were.
     """
-    import cv2
-
     count, channels, height, width = images.shape
     split = channels == 3 and images.is_contiguous()
     if channels == 3 and not split:
@@ -75,13 +69,7 @@ def image_by_image(function: Callable[[int, Image, Floats], Image], images: Tens
             else:
                 out[place] = function(place // planes, held[place], scratch)
 
-    threads = min(torch.get_num_threads(), len(held))
-    if threads == 1:
-        work(0, len(held))
-    else:
-        bounds = [len(held) * part // threads for part in range(threads + 1)]
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(work, bounds[:-1], bounds[1:]))
+    in_threads(work, len(held), held[0].size)
     done = torch.from_numpy(out)
     return done.permute(0, 3, 1, 2) if channels == 3 and not split else done.reshape(images.shape)
 
@@ -128,8 +116,6 @@ def separable(images: Tensor, kernel: Kernel) -> Tensor:
 
 def _separable_image(image: Floats, kernel: Kernel, out: Floats) -> Floats:
     """Return the same of one image, (H, W) or (H, W, 3), written to ``out``, which may be the image itself."""
-    import cv2
-
     cv2.sepFilter2D(image, cv2.CV_32F, kernel, kernel, dst=out, borderType=cv2.BORDER_REFLECT)
     return out
 
@@ -182,11 +168,10 @@ def disc_blur(images: Tensor, radius: float) -> Tensor:
     quarter = kernel[reach:, reach:]
     steps = quarter - np.pad(quarter, ((0, 0), (0, 1)))[:, 1:]
     height, width = images.shape[2:]
-    rows = max(1, _BLOCK // (height * width)) if images.device.type == "cpu" else images.shape[0] * images.shape[1]
     planes = images.reshape(-1, height, width)
     out = torch.empty_like(planes)
-    for start in range(0, len(planes), rows):
-        out[start : start + rows] = _nested_boxes(planes[start : start + rows], steps, reach)
+    for block in blocks(planes):
+        out[block] = _nested_boxes(planes[block], steps, reach)
     return out.reshape(images.shape)
 
 

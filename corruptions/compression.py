@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import ClassVar
 
+import cv2
 import numpy as np
 from PIL import Image
 from torch import Tensor
@@ -15,7 +16,6 @@ from torch import Tensor
 from robustlab.core.corruption import Corruption, Draws
 from robustlab.core.levels import Levels
 from robustlab.core.registry import CORRUPTIONS
-from robustlab.core.rng import SampleRng
 from robustlab.core.shift import from_bytes, to_bytes
 
 from ._bytes import Pixels, each_image
@@ -31,8 +31,6 @@ def jpeg(image: Pixels, quality: int) -> Pixels:
 
 
 def _opencv_jpeg(image: Pixels, quality: int) -> Pixels:
-    import cv2
-
     options = [cv2.IMWRITE_JPEG_QUALITY, quality]
     if image.ndim == 2:
         return np.asarray(cv2.imdecode(cv2.imencode(".jpg", image, options)[1], cv2.IMREAD_GRAYSCALE))
@@ -87,10 +85,6 @@ class JPEG(Corruption):
 
     def __post_init__(self) -> None:
         check_levels(self, "quality", self.quality, 1, 100)
-
-    def draw(self, rng: SampleRng, shape: tuple[int, int, int]) -> Draws:
-        del rng, shape
-        return {}
 
     def apply(self, images: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
         return from_bytes(self.apply_bytes(to_bytes(images), draws, values))

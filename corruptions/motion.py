@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import cv2
 import torch
 from torch import Tensor
 
@@ -67,8 +68,6 @@ def mean_along(image: Floats, taps: Taps, out: Floats) -> Floats:
         taps: Of the pixels that are read: offsets downwards, offsets to the right, weights; the smallest are left out.
         out: Where the sums go; may be the image itself.
     """
-    import cv2
-
     rows, columns, weights = taps
     height, width = image.shape[:2]
     top, left = max(0, -min(rows)), max(0, -min(columns))

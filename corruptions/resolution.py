@@ -11,7 +11,6 @@ from torch import Tensor
 from robustlab.core.corruption import Corruption, Draws
 from robustlab.core.levels import Levels
 from robustlab.core.registry import CORRUPTIONS
-from robustlab.core.rng import SampleRng
 
 from ._checks import check_levels
 from ._resample import Taps, area_down, box_resize, linear_up, nearest, resample, resample_bytes, shrink_bytes
@@ -37,10 +36,6 @@ class DownUpSampling(Corruption):
 
     def __post_init__(self) -> None:
         check_levels(self, "factor", self.factor, 1)
-
-    def draw(self, rng: SampleRng, shape: tuple[int, int, int]) -> Draws:
-        del rng, shape
-        return {}
 
     def apply(self, images: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
         del draws
@@ -77,10 +72,6 @@ class Pixelate(Corruption):
 
     def __post_init__(self) -> None:
         check_levels(self, "factor", self.factor, 1e-6, 1)
-
-    def draw(self, rng: SampleRng, shape: tuple[int, int, int]) -> Draws:
-        del rng, shape
-        return {}
 
     def apply(self, images: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
         del draws

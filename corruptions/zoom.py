@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -14,12 +14,11 @@ from torch.nn.functional import grid_sample
 from robustlab.core.corruption import Corruption, Draws
 from robustlab.core.levels import Levels
 from robustlab.core.registry import CORRUPTIONS
-from robustlab.core.rng import SampleRng
 from robustlab.core.shift import from_bytes, to_bytes
 
+from ._bytes import BLOCK, blocks
 from ._checks import check_levels
 
-_BLOCK = 1 << 19  # values worked on at once on the CPU: a few images share each grid and stay in the cache
 _SPACING = 14  # pixels of the longer side for each zoom: at zoom 1.3 the corners of two layers lie 1.6 px apart
 
 
@@ -57,10 +56,9 @@ def zoom_mean(images: Tensor, zoom: float) -> Tensor:
     return total.mul_(1 / layers)
 
 
-def _step(images: Tensor) -> int:
-    if images.device.type != "cpu":
-        return max(1, len(images))
-    return max(1, _BLOCK // max(1, math.prod(images.shape[1:])))
+def _blocks(images: Tensor) -> Iterator[slice]:
+    """Yield larger blocks than elsewhere, since the images of a block share each grid."""
+    return blocks(images, 4 * BLOCK)
 
 
 @CORRUPTIONS.register("zoom-blur")
@@ -86,24 +84,16 @@ class ZoomBlur(Corruption):
     def __post_init__(self) -> None:
         check_levels(self, "zoom", self.zoom, 1, 4)
 
-    def draw(self, rng: SampleRng, shape: tuple[int, int, int]) -> Draws:
-        del rng, shape
-        return {}
-
     def apply(self, images: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
         del draws
         out = torch.empty_like(images, memory_format=torch.contiguous_format)
-        step = _step(images)
-        for start in range(0, len(images), step):
-            part = slice(start, start + step)
+        for part in _blocks(images):
             out[part] = zoom_mean(images[part], values["zoom"])
         return out
 
     def apply_bytes(self, pixels: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
         del draws
         out = torch.empty_like(pixels, memory_format=torch.contiguous_format)
-        step = _step(pixels)
-        for start in range(0, len(pixels), step):
-            part = slice(start, start + step)
+        for part in _blocks(pixels):
             out[part] = to_bytes(zoom_mean(from_bytes(pixels[part]), values["zoom"]))
         return out

@@ -7,14 +7,15 @@ import itertools
 import json
 import pickle
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from robustlab.core.corruption import STAGES, Corruption
+from robustlab.core.corruption import STAGES, Corruption, Draws
 from robustlab.core.errors import ContractError
 from robustlab.core.registry import CORRUPTIONS
 from robustlab.core.rng import SampleRng
@@ -53,10 +54,11 @@ def check_corruption(corruption: Corruption | type[Corruption]) -> None:
     """Check what every corruption promises; returns if all holds.
 
     Severity 0 is the identity bit for bit; shape, dtype and [0, 1] are kept at every size from 1 x 1 to 221 x 219 and
-    the input is left alone; a sample's result depends on neither its batch, its order nor the memory layout; draws are
-    keyed by seed and id, and know neither pixels nor severity; global random state is neither read nor changed; bytes
-    in give the rounded result of floats in; parameters can be fixed by ``at``; the configuration survives JSON and
-    pickle; in physical mode the mean absolute change rises strictly over severities 1 to 5.
+    the input, floats or bytes, is left alone; a sample's result depends on neither its batch, its order, the memory
+    layout nor the number of threads; draws are keyed by seed, epoch and id (those of a device: by seed), and know
+    neither pixels nor severity; global random state is neither read nor changed; bytes in give the rounded result of
+    floats in; parameters can be fixed by ``at``; the configuration survives JSON and pickle; in physical mode the mean
+    absolute change rises strictly over severities 1 to 5. While it runs, it changes torch's number of threads.
 
     Args:
         corruption: An instance, or a class that can be made without arguments.
@@ -102,7 +104,7 @@ def check_metadata(corruption: Corruption) -> None:
 
 
 def check_identity(corruption: Corruption) -> None:
-    """Severity 0 returns the input bit for bit, in every dtype."""
+    """Severity 0 returns the input bit for bit, in every dtype; the base class sees to it, unless overridden."""
     images = textured(2, _channels(corruption), *_size(corruption, (20, 17)))
     for dtype in DTYPES:
         given = images.to(dtype)
@@ -114,61 +116,79 @@ def check_identity(corruption: Corruption) -> None:
 
 def check_form(corruption: Corruption) -> None:
     """Shape, dtype and range are kept, the input is left alone, at every size, channel count and dtype."""
-    for (height, width), channels in itertools.product(SIZES, (1, 3, 4)):
+    least = _size(corruption, (31, 33))
+    sizes = dict.fromkeys((*SIZES, least, (2 * least[0] + 1, 2 * least[1] + 3)))  # some that it does apply to
+    ran = False
+    for (height, width), channels in itertools.product(sizes, (1, 3, 4)):
         if _reason(corruption, channels, (height, width)):
             continue
         images = textured(2, channels, height, width)
-        for dtype in DTYPES if (height, width) == (31, 33) else DTYPES[1:2]:
-            given = images.to(dtype)
-            before = given.clone()
+        for dtype in (*DTYPES, torch.uint8) if (height, width) == least else DTYPES[1:2]:
+            given = to_bytes(images) if dtype == torch.uint8 else images.to(dtype)
+            batch = Batch(given, None, torch.arange(70, 72))
             for severity in (0.3, 3.0, 5.0):
-                changed = corruption(given, severity)
                 where = f"{corruption!r} on {tuple(given.shape)} {dtype} at severity {severity:g}"
-                _form(where, before, changed, corruption.storable)
-                if not torch.equal(given, before):
-                    raise ContractError(where, "the input left alone", "changed in place", "Work on a copy in apply.")
+                _form(where, given, _run(corruption, batch, severity), corruption.storable)
+                ran = True
+    if not ran:
+        raise ContractError(
+            repr(corruption),
+            "to apply to some images of 1, 3 or 4 channels",
+            f"to none, up to {2 * least[0] + 1} x {2 * least[1] + 3} px",
+            "Mend min_size, channels or skip_reason.",
+        )
 
 
 def check_batch(corruption: Corruption) -> None:
-    """A sample's result depends on neither its mates, their order, padding, nor the layout in memory."""
-    for size in (_size(corruption, (9, 14)), _size(corruption, (65, 47))):
-        batch = Batch(textured(5, _channels(corruption), *size), None, torch.arange(70, 75))
-        for severity in (1.0, 3.7):
-            whole = _run(corruption, batch, severity)
-            order = torch.tensor([3, 0, 4])
-            if not torch.equal(_run(corruption, batch.select(order), severity), whole[order]):
+    """A sample's result depends on neither its mates, their order, the layout in memory, nor the threads; bytes too."""
+    small, large = _size(corruption, (9, 14)), _size(corruption, (65, 47))
+    for (size, severity), whole in itertools.product(((small, 1.0), (small, 3.7), (large, 3.7)), (False, True)):
+        images = textured(5, _channels(corruption), *size)
+        batch = Batch(to_bytes(images) if whole else images, None, torch.arange(70, 75))
+        where = f"{corruption!r} on {batch.images.dtype} {tuple(batch.images.shape)} at severity {severity:g}"
+        with _threads(1):
+            wanted = _run(corruption, batch, severity)
+            _same_in_any_batch(where, corruption, batch, severity, wanted)
+        with _threads(2):
+            if not torch.equal(_run(corruption, batch, severity), wanted):
                 raise ContractError(
-                    f"{corruption!r} at severity {severity:g}",
-                    "the same pixels for a sample in any batch",
-                    "other pixels for three of five samples in another order",
-                    "Draw only through rng; sum in a fixed order (matmul, conv and mean may differ with the batch).",
+                    where,
+                    "the same pixels for any number of threads",
+                    "others with two than with one",
+                    "Do not ask for the number; sum in a fixed order (whole sums, matmul and conv may split).",
                 )
-            strided = batch.replace(batch.images.to(memory_format=torch.channels_last))
-            if not torch.equal(_run(corruption, strided, severity), whole):
-                raise ContractError(
-                    f"{corruption!r} at severity {severity:g}",
-                    "the same pixels for any layout in memory",
-                    "other pixels for channels_last images",
-                    "Call contiguous() before sums.",
-                )
+            _same_in_any_batch(where, corruption, batch, severity, wanted)
 
 
 def check_draws(corruption: Corruption) -> None:
-    """Draws are keyed by seed and id, repeat, and know neither pixels nor severity."""
+    """Draws are keyed by seed, epoch and id (a device's: by seed), repeat, and know neither pixels nor severity."""
     size = _size(corruption, (16, 19))
     batch = Batch(textured(6, _channels(corruption), *size), None, torch.arange(6))
     ctx = ShiftContext(seed=1)
     draws = corruption.prepare(batch, ctx)
-    again = corruption.prepare(batch.replace(1 - batch.images), ctx)
-    if draws.keys() != again.keys() or any(not torch.equal(draws[name], again[name]) for name in draws):
+    if not _equal(draws, corruption.prepare(batch.replace(1 - batch.images), ctx)):
         raise ContractError(repr(corruption), "draws that do not see pixels", "others for other pixels", _DRAW)
     if any(len(value) != len(batch) for value in draws.values()):
         raise ContractError(repr(corruption), "draws with one row a sample", "another length", _DRAW)
-    whole = _run(corruption, batch, 3.0, ctx)
-    if not torch.equal(corruption.perform(batch, draws, 3.0, ctx).images, whole):
-        raise ContractError(repr(corruption), "the same result again", "another one", _DRAW)
-    if draws and torch.equal(_run(corruption, batch, 5.0, ShiftContext(seed=2)), _run(corruption, batch, 5.0, ctx)):
+    results = {severity: _run(corruption, batch, severity, ctx) for severity in (3.0, 5.0)}
+    for severity in (3.0, 5.0, 3.0):
+        if not torch.equal(corruption.perform(batch, draws, severity, ctx).images, results[severity]):
+            raise ContractError(repr(corruption), "the same result again", "another one", _DRAW)
+    order = torch.tensor([5, 0, 3])
+    mates = dataclasses.replace(batch, ids=torch.tensor([5, 90, 0, 91, 92, 3]))
+    among = {name: value[[0, 2, 5]] for name, value in corruption.prepare(mates, ctx).items()}
+    if not _equal(among, {name: value[order] for name, value in draws.items()}):
+        raise ContractError(repr(corruption), "the same draws for an id in any batch", "others", _DRAW)
+    if not draws:
+        return
+    if torch.equal(_run(corruption, batch, 5.0, ShiftContext(seed=2)), results[5.0]):
         raise ContractError(repr(corruption), "other pixels for another seed", "the same", _DRAW)
+    if corruption.keyed_by != "sample":
+        return
+    if torch.equal(_run(corruption, dataclasses.replace(batch, ids=batch.ids + 1000), 5.0, ctx), results[5.0]):
+        raise ContractError(repr(corruption), "other pixels for other ids", "the same", f"{_DRAW} {_DEVICE}")
+    if _equal(draws, corruption.prepare(batch, ShiftContext(seed=1, epoch=1))):
+        raise ContractError(repr(corruption), "other draws in another epoch", "the same", f"{_DRAW} {_DEVICE}")
 
 
 def check_global_state(corruption: Corruption) -> None:
@@ -196,19 +216,20 @@ def check_global_state(corruption: Corruption) -> None:
 
 def check_bytes(corruption: Corruption) -> None:
     """Bytes in give bytes out: what floats in give, rounded half to even."""
-    images = textured(3, _channels(corruption), *_size(corruption, (33, 40)))
     if not corruption.storable:
         return
-    ids = torch.arange(3)
-    for severity in (0.4, 2.0, 5.0):
-        floats = to_bytes(corruption(images, severity, ids=ids))
-        if not torch.equal(corruption(to_bytes(images), severity, ids=ids), floats):
-            raise ContractError(
-                f"{corruption!r} at severity {severity:g}",
-                "the same stored bytes for byte and float images",
-                "others",
-                "Mend apply_bytes, or leave it to the base class.",
-            )
+    for count, size in ((3, (33, 40)), (1, (15, 12)), (4, (15, 12))):
+        images = textured(count, _channels(corruption), *_size(corruption, size))
+        ids = torch.arange(count)
+        for severity in (0.4, 2.0, 5.0):
+            floats = to_bytes(corruption(images, severity, ids=ids))
+            if not torch.equal(corruption(to_bytes(images), severity, ids=ids), floats):
+                raise ContractError(
+                    f"{corruption!r} at severity {severity:g}",
+                    "the same stored bytes for byte and float images",
+                    f"others in a batch of {count}",
+                    "Mend apply_bytes, or leave it to the base class.",
+                )
 
 
 def check_parameters(corruption: Corruption) -> None:
@@ -260,6 +281,7 @@ CHECKS: tuple[Callable[[Corruption], None], ...] = (
 
 _CORE = "Leave on(), perform() and at() to the base class."
 _DRAW = "Make everything random in draw(), and only through rng."
+_DEVICE = 'Where all images of a device share the draws, set keyed_by = "device".'
 
 
 def _words(check: Callable[[Corruption], None]) -> str:
@@ -267,7 +289,53 @@ def _words(check: Callable[[Corruption], None]) -> str:
 
 
 def _run(corruption: Corruption, batch: Batch, severity: float, ctx: ShiftContext | None = None) -> Tensor:
-    return corruption.on(batch, severity, ctx or ShiftContext()).images
+    """Return the changed images, after a look at the given ones."""
+    before = batch.images.clone()
+    changed = corruption.on(batch, severity, ctx or ShiftContext()).images
+    if not torch.equal(batch.images, before):
+        raise ContractError(
+            f"{corruption!r} on {tuple(before.shape)} {before.dtype} at severity {severity:g}",
+            "the input left alone",
+            "changed in place",
+            f"Work on a copy in {'apply_bytes' if before.dtype == torch.uint8 else 'apply'}.",
+        )
+    return changed
+
+
+def _same_in_any_batch(where: str, corruption: Corruption, batch: Batch, severity: float, wanted: Tensor) -> None:
+    """Compare ``wanted``, the result for a contiguous batch of five, with those for parts of it and other layouts."""
+    for order in ([3, 0, 4], [2]):
+        index = torch.tensor(order)
+        if not torch.equal(_run(corruption, batch.select(index), severity), wanted[index]):
+            raise ContractError(
+                where,
+                "the same pixels for a sample in any batch",
+                f"others for samples {order} of five",
+                "Draw only through rng; sum in a fixed order (matmul, conv and mean may differ with the batch).",
+            )
+    layouts = {
+        "channels_last images": batch.images.to(memory_format=torch.channels_last),
+        "a window of larger images": torch.nn.functional.pad(batch.images, (1, 2, 2, 1))[:, :, 2:-1, 1:-2],
+    }
+    for layout, images in layouts.items():
+        if not torch.equal(_run(corruption, batch.replace(images), severity), wanted):
+            raise ContractError(
+                where, "the same pixels for any layout in memory", f"others for {layout}", "Call contiguous() first."
+            )
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _equal(first: Draws, second: Draws) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def _reason(corruption: Corruption, channels: int, size: tuple[int, int]) -> str | None:
@@ -299,5 +367,5 @@ def _form(who: str, given: Tensor, changed: Tensor, bounded: bool) -> None:
     if not bool(torch.isfinite(changed).all()):
         raise ContractError(who, "finite pixels", "NaN or infinite ones", "Guard divisions and logarithms.")
     low, high = changed.aminmax()
-    if bounded and not (low >= 0 and high <= 1):
+    if bounded and changed.is_floating_point() and not (low >= 0 and high <= 1):
         raise ContractError(who, "pixels in [0, 1]", f"[{low.item():.4g}, {high.item():.4g}]", _CORE)

@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -43,8 +44,6 @@ def pictures(folder: str) -> tuple[Picture, ...]:
     """
     if not folder:
         return tuple(_drawn(number) for number in range(len(_LOOKS)))
-    import cv2
-
     found = []
     for name in PUBLISHED:
         path = Path(folder) / name
@@ -76,8 +75,6 @@ def stacked(folder: str, scale: float, height: int, width: int) -> tuple[Tensor,
     Returns:
         uint8 (5, 3, H, W), the pictures in the upper left corners, and their sides, int64 (5, 2).
     """
-    import cv2
-
     scaled = []
     for picture in pictures(folder):
         fit = picture if scale == 1 else cv2.resize(picture, (0, 0), fx=scale, fy=scale)

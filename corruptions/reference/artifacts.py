@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -140,8 +141,6 @@ def _blots_together(pixels: Tensor, masks: Tensor, number: Tensor, which: Tensor
 
 
 def _blots_each(pixels: Tensor, masks: Tensor, number: Tensor, which: Tensor, left: Tensor, top: Tensor) -> Tensor:
-    import cv2
-
     out = pixels.clone()
     size = masks.shape[1]
     inks = masks.to(torch.uint8).numpy()
@@ -280,8 +279,6 @@ def _bubbles_together(pixels: Tensor, stamps: Tensor, number: Tensor, radius: Te
 
 
 def _bubbles_each(pixels: Tensor, stamps: Tensor, number: Tensor, radius: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    import cv2
-
     height, width = pixels.shape[2:]
     kinds = stamps.numpy()
     drawn = [np.ascontiguousarray(kind > 0).view(np.uint8) for kind in kinds]
@@ -304,8 +301,6 @@ def _bubbles_each(pixels: Tensor, stamps: Tensor, number: Tensor, radius: Tensor
 
 @lru_cache(maxsize=32)
 def _disc_mask(height: int, width: int, radius: int) -> Tensor:
-    import cv2
-
     canvas = np.zeros((height, width), np.uint8)
     cv2.circle(canvas, (width // 2, height // 2), radius, (1,), thickness=-1)
     return torch.from_numpy(canvas)
@@ -334,10 +329,6 @@ class RefBlackCorner(Reference):
 
     def __post_init__(self) -> None:
         check_levels(self, "radius", self.radius, 0)
-
-    def draw(self, rng: SampleRng, shape: tuple[int, int, int]) -> Draws:
-        del rng, shape
-        return {}
 
     def change(self, pixels: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
         del draws
@@ -410,8 +401,6 @@ class RefCharacters(Reference):
 
 def _write(planes: list[Pixels], text: str, place: tuple[int, int], scale: float, colour: tuple[int, int, int]) -> None:
     """Write a word into one image, as ``_planes`` gives it, in place."""
-    import cv2
-
     font, thickness = cv2.FONT_HERSHEY_DUPLEX, 1
     if len(planes) == 1:
         cv2.putText(planes[0], text, place, font, scale, colour, thickness, cv2.LINE_AA)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from robustlab.core.corruption import Draws
 from robustlab.core.levels import Levels
 from robustlab.core.registry import CORRUPTIONS
 
+from ._scipy import fold, gaussian, scipy_kernel
 from .base import Reference
 
 Index = np.ndarray[Any, np.dtype[np.intp]]
@@ -56,32 +58,11 @@ def windows(image: Image, places: Index, reach: int, mode: str) -> Image:
 
 
 @lru_cache(maxsize=64)
-def scipy_kernel(sigma: float) -> Kernel:
-    """Return SciPy's Gaussian weights, float64 (2 R + 1,), R = int(4 sigma + 0.5)."""
-    reach = int(4.0 * sigma + 0.5)
-    weights = np.exp(-0.5 / (sigma * sigma) * np.arange(-reach, reach + 1) ** 2) if sigma > 0 else np.ones(1)
-    kernel: Kernel = weights / weights.sum()
-    return kernel
-
-
-def _folded(values: Image, kernel: Kernel) -> Image:
-    """Return weighted sums along axis 1, of length 2 R + 1, in the order of SciPy: centre first, then outer to inner.
-
-    Products and sums are rounded one by one.
-    """
-    reach = len(kernel) // 2
-    total: Image = values[:, reach] * kernel[reach]
-    for place in range(reach):
-        total += (values[:, place] + values[:, 2 * reach - place]) * kernel[place]
-    return total
-
-
-@lru_cache(maxsize=64)
 def _flat_levels(sigma: float) -> Image:
     """Return what becomes of a region of one grey level, for all levels; rounding may take one off."""
     kernel = scipy_kernel(sigma)
-    once = _folded(np.repeat(np.arange(256)[:, None] / 255.0, len(kernel), axis=1), kernel)
-    return _stored(_folded(np.repeat(once[:, None], len(kernel), axis=1), kernel))
+    once = fold(np.repeat(np.arange(256)[:, None] / 255.0, len(kernel), axis=1), kernel)
+    return _stored(fold(np.repeat(once[:, None], len(kernel), axis=1), kernel))
 
 
 def _stored(values: Image) -> Image:
@@ -90,8 +71,6 @@ def _stored(values: Image) -> Image:
 
 def _scipy_blur(image: Image, sigma: float, scratch: Floats) -> Image:
     """Return a truncated Gaussian blur, with the bits of SciPy in float64."""
-    import cv2
-
     kernel = scipy_kernel(sigma)
     size = len(kernel)
     total = cv2.sepFilter2D(image, cv2.CV_32F, kernel, kernel, dst=scratch, borderType=cv2.BORDER_REPLICATE)
@@ -110,25 +89,15 @@ def _scipy_blur(image: Image, sigma: float, scratch: Floats) -> Image:
         axes = (sigma, sigma, 0)[: image.ndim]
         return _stored(gaussian_filter(image / 255.0, axes, mode="nearest", truncate=4.0))
     near = windows(image, places, size // 2, "edge") / 255.0
-    flat[places] = _stored(_folded(_folded(near, kernel), kernel))
+    flat[places] = _stored(fold(fold(near, kernel), kernel))
     return out
 
 
 def scipy_blur_tensor(pixels: Tensor, sigma: float) -> Tensor:
     """Return the same on any device, with the same bits, from float64 sums over whole images."""
-    kernel = scipy_kernel(sigma)
-    reach = len(kernel) // 2
     # a tensor, since CUDA would multiply by the reciprocal of a Python number
     values = pixels.to(torch.float64).div_(torch.full((), 255.0, dtype=torch.float64, device=pixels.device))
-    for axis in (2, 3):
-        size = values.shape[axis]
-        index = torch.arange(-reach, size + reach, device=pixels.device).clamp_(0, size - 1)
-        padded = values.index_select(axis, index)
-        values = padded.narrow(axis, reach, size) * float(kernel[reach])
-        for place in range(reach):
-            pair = padded.narrow(axis, place, size) + padded.narrow(axis, 2 * reach - place, size)
-            values.add_(pair.mul_(float(kernel[place])))
-    return values.clamp_(0, 1).mul_(255).to(torch.uint8)
+    return gaussian(values, sigma, 4.0, "nearest").clamp_(0, 1).mul_(255).to(torch.uint8)
 
 
 @CORRUPTIONS.register("ref:gaussian-blur")
@@ -175,8 +144,6 @@ def torchvision_kernel(size: int) -> tuple[Kernel, np.ndarray[Any, np.dtype[np.f
 
 def _torchvision_blur(image: Image, size: int, scratch: Floats) -> Image:
     """Return a rounded Gaussian blur, with the bits of torchvision's convolution in float32."""
-    import cv2
-
     line, square = torchvision_kernel(size)
     total = cv2.sepFilter2D(image, cv2.CV_32F, line, line, dst=scratch, borderType=cv2.BORDER_REFLECT_101)
     # the convolution's own error grows with the number of its terms
@@ -250,8 +217,6 @@ def published_disc(radius: float, alias: float) -> np.ndarray[Any, np.dtype[np.f
         radius: In pixels.
         alias: Standard deviation of the softening, in pixels.
     """
-    import cv2
-
     side = np.arange(-8.0, 9.0) if radius <= 8 else np.arange(-radius, radius + 1)
     inside = (side[:, None] ** 2 + side[None, :] ** 2 <= radius**2).astype(np.float32)
     inside /= np.sum(inside)
@@ -312,7 +277,6 @@ class RefDefocusBlur(Reference):
         kernel = published_disc(values["radius"], max(values["alias"], 1e-3))
         if pixels.device.type != "cpu":
             return disc_tensor(pixels, kernel)
-        import cv2
 
         def blurred(_: int, image: Image, scratch: Floats) -> Image:
             del scratch

@@ -17,7 +17,6 @@ from corruptions.resolution import counts
 from robustlab.core.corruption import Draws
 from robustlab.core.levels import Levels
 from robustlab.core.registry import CORRUPTIONS
-from robustlab.core.rng import SampleRng
 
 from .base import Reference
 
@@ -43,10 +42,6 @@ class RefJPEG(Reference):
 
     def __post_init__(self) -> None:
         check_levels(self, "quality", self.quality, 1, 100)
-
-    def draw(self, rng: SampleRng, shape: tuple[int, int, int]) -> Draws:
-        del rng, shape
-        return {}
 
     def change(self, pixels: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
         del draws
@@ -79,10 +74,6 @@ class RefPixelate(Reference):
 
     def __post_init__(self) -> None:
         check_levels(self, "factor", self.factor, 1e-6, 1)
-
-    def draw(self, rng: SampleRng, shape: tuple[int, int, int]) -> Draws:
-        del rng, shape
-        return {}
 
     def change(self, pixels: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
         del draws

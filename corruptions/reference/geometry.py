@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from corruptions._bytes import blocks
 from corruptions._checks import check_levels
 from robustlab.core.corruption import Draws
 from robustlab.core.levels import Levels
@@ -19,8 +20,9 @@ from robustlab.core.registry import CORRUPTIONS
 from robustlab.core.rng import SampleRng
 from robustlab.core.shift import from_bytes
 
+from ._scipy import continued, gaussian, scipy_kernel
 from .base import Reference
-from .glass import cache_step, folded, gaussian, gaussian_weights, take
+from .glass import take
 
 _DENSE = 24  # reach from which a Gaussian is a product with one matrix instead of a sum over taps
 
@@ -144,17 +146,17 @@ def displaced(images: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
 @lru_cache(maxsize=16)
 def _gaussian_matrix(size: int, sigma: float, truncate: float) -> Tensor:
     """Return float64 (size, size): the Gaussian along an axis that is mirrored about its border."""
-    weights = gaussian_weights(sigma, truncate)
-    reach = len(weights) - 1
-    place = folded(size, reach, "reflect").numpy()
+    weights = scipy_kernel(sigma, truncate)
+    reach = len(weights) // 2
+    place = continued(size, reach, "reflect").numpy()
     matrix: np.ndarray[tuple[int, int], np.dtype[np.float64]] = np.zeros((size, size))
     rows = np.arange(size)
     for away in range(-reach, reach + 1):
-        np.add.at(matrix, (rows, place[rows + reach + away]), weights[abs(away)])
+        np.add.at(matrix, (rows, place[rows + reach + away]), weights[reach + away])
     return torch.from_numpy(matrix)
 
 
-def smooth_field(noise: Tensor, sigma: float, alpha: float) -> Tensor:
+def smoothed_noise(noise: Tensor, sigma: float, alpha: float) -> Tensor:
     """Return alpha times the noise after a Gaussian cut at 3 sigma, mirrored about the border; float32 (N, H, W).
 
     Args:
@@ -163,13 +165,12 @@ def smooth_field(noise: Tensor, sigma: float, alpha: float) -> Tensor:
         alpha: Factor.
     """
     fine = noise.to(torch.float64)
-    weights = gaussian_weights(sigma, 3.0)
-    if len(weights) > _DENSE:
+    kernel = scipy_kernel(sigma, 3.0)
+    if len(kernel) // 2 >= _DENSE:
         tall, wide = (_gaussian_matrix(size, sigma, 3.0).to(noise.device) for size in noise.shape[1:])
         fine = torch.stack([tall @ plane @ wide.T for plane in fine])
     elif noise.device.type == "cpu":
         # the same sum in another order of float64 additions, several times as fast
-        kernel = np.array(weights[:0:-1] + weights)
         planes = fine.numpy()
         fine = torch.from_numpy(
             np.stack([cv2.sepFilter2D(p, cv2.CV_64F, kernel, kernel, borderType=cv2.BORDER_REFLECT) for p in planes])
@@ -241,10 +242,8 @@ class RefElastic(Reference):
 
     def change(self, pixels: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
         out = torch.empty_like(pixels, memory_format=torch.contiguous_format)
-        step = cache_step(pixels)
-        for start in range(0, len(pixels), step):
-            part = slice(start, start + step)
+        for part in blocks(pixels):
             jitter = draws["corners"][part] * values["affine"] if values["affine"] else None
-            dx, dy = (smooth_field(half, values["sigma"], values["alpha"]) for half in noise_of(draws["noise"][part]))
+            dx, dy = (smoothed_noise(half, values["sigma"], values["alpha"]) for half in noise_of(draws["noise"][part]))
             out[part] = elastic_transform(pixels[part], jitter, dx, dy)
         return out

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from corruptions._bytes import blocks
 from corruptions._checks import check_levels
 from robustlab.core.corruption import Draws
 from robustlab.core.levels import Levels
 from robustlab.core.registry import CORRUPTIONS
 from robustlab.core.rng import SampleRng
 
+from ._scipy import gaussian
 from .base import Reference
-
-_BLOCK = 1 << 17  # values worked on at once on the CPU: 1 MB as float64, which stays in a core's cache
-
-
-def cache_step(pixels: Tensor) -> int:
-    """Return how many images to work on at once: on the CPU so few that what lies between stays in its cache."""
-    if pixels.device.type != "cpu":
-        return max(1, len(pixels))
-    return max(1, _BLOCK // max(1, math.prod(pixels.shape[1:])))
 
 
 def take(flat: Tensor, index: Tensor) -> Tensor:
@@ -35,53 +25,6 @@ def take(flat: Tensor, index: Tensor) -> Tensor:
     if len(flat) == 1:  # much faster on the CPU
         return flat[0].index_select(1, index[0])[None]
     return flat.gather(2, index.to(torch.int64)[:, None].expand(-1, flat.shape[1], -1))
-
-
-@lru_cache(maxsize=64)
-def gaussian_weights(sigma: float, truncate: float) -> tuple[float, ...]:
-    """Return a Gaussian's weights at distances 0, 1, ... int(truncate sigma + 1/2), of unit sum over both sides."""
-    radius = int(truncate * sigma + 0.5)
-    if radius == 0:
-        return (1.0,)
-    weights = np.exp(-0.5 / (sigma * sigma) * np.arange(-radius, radius + 1) ** 2)
-    return tuple((weights / weights.sum())[radius:].tolist())
-
-
-def folded(size: int, reach: int, mode: Literal["nearest", "reflect"]) -> Tensor:
-    """Return int64 (size + 2 reach,): the pixel at each place, edges repeated or reflected about the border."""
-    places = np.arange(-reach, size + reach)
-    if mode == "nearest":
-        return torch.from_numpy(places.clip(0, size - 1))
-    places %= 2 * size
-    return torch.from_numpy(np.minimum(places, 2 * size - 1 - places))
-
-
-def gaussian(planes: Tensor, sigma: float, truncate: float, mode: Literal["nearest", "reflect"]) -> Tensor:
-    """Return SciPy's ``gaussian_filter`` along the last two axes.
-
-    Terms are added in SciPy's order, the middle one first and then pairs from the outside inwards, so that float64
-    results are the same to the last bit.
-
-    Args:
-        planes: float64 (..., H, W).
-        sigma: In pixels, at least 0.
-        truncate: Reach of the kernel, in sigma.
-        mode: What lies outside: the ``"nearest"`` pixel, or the image mirrored about its border.
-    """
-    middle, *sides = gaussian_weights(sigma, truncate)
-    if not sides:
-        return planes
-    reach = len(sides)
-    for axis in (-2, -1):
-        size = planes.shape[axis]
-        wide = planes.index_select(axis, folded(size, reach, mode).to(planes.device))
-        total = wide.narrow(axis, reach, size) * middle
-        term = torch.empty_like(total)
-        for away in range(reach, 0, -1):
-            torch.add(wide.narrow(axis, reach - away, size), wide.narrow(axis, reach + away, size), out=term)
-            total.add_(term.mul_(sides[away - 1]))
-        planes = total
-    return planes
 
 
 def chain_ends(row: Tensor, column: Tensor, reach: int) -> Tensor:
@@ -192,9 +135,7 @@ class RefGlassBlur(Reference):
         sigma, reach, passes = values["sigma"], round(values["reach"]), round(values["iterations"])
         bits = draws["bits"][:, :passes]
         out = torch.empty_like(pixels, memory_format=torch.contiguous_format)
-        step = cache_step(pixels)
-        for start in range(0, len(pixels), step):
-            part = slice(start, start + step)
+        for part in blocks(pixels):
             row, column = (
                 (half & 0xFFFF).mul_(2 * reach).bitwise_right_shift_(16).sub_(reach)
                 for half in (bits[part] >> 16, bits[part])

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
+from corruptions._bytes import blocks, in_threads
 from corruptions._checks import check_levels
 from robustlab.core.corruption import Draws
 from robustlab.core.levels import Levels
@@ -18,12 +19,12 @@ from robustlab.core.registry import CORRUPTIONS
 from robustlab.core.rng import SampleRng
 from robustlab.core.shift import from_bytes
 
+from ._scipy import scipy_kernel
 from .base import Reference
 
 _WATER = (175 / 255, 238 / 255, 238 / 255)
 _MUD = (63 / 255, 42 / 255, 20 / 255)
 _ONE = np.ones(1)
-_BLOCK = 1 << 17  # pixels of a plane worked on at once on the CPU
 
 Plane = np.ndarray[Any, np.dtype[Any]]
 
@@ -37,13 +38,9 @@ def smooth(plane: Plane, sigma: float) -> Plane:
         plane: float64 or float32 (H, W).
         sigma: In pixels.
     """
-    import cv2
-
-    reach = int(4 * sigma + 0.5)
-    if reach == 0:
+    kernel = scipy_kernel(sigma)
+    if len(kernel) == 1:
         return plane
-    kernel = np.exp(-0.5 / (sigma * sigma) * np.arange(-reach, reach + 1) ** 2)
-    kernel /= kernel.sum()
     for across, down in ((_ONE, kernel), (kernel, _ONE)):
         smoothed = cv2.sepFilter2D(plane, cv2.CV_64F, across, down, borderType=cv2.BORDER_REPLICATE)
         plane = smoothed.astype(plane.dtype, copy=False)
@@ -64,8 +61,6 @@ def water(liquid: Plane, strength: float) -> Plane:
     Returns:
         float32 (H, W).
     """
-    import cv2
-
     level = (liquid * 255).astype(np.int64).astype(np.uint8)
     distance = cv2.distanceTransform(255 - cv2.Canny(level, 50, 150), cv2.DIST_L2, 5)
     distance = cv2.blur(np.minimum(distance, np.float32(20)), (3, 3)).astype(np.uint8)
@@ -94,15 +89,15 @@ def mud(liquid: Plane, threshold: float, sigma: float) -> Plane:
 
 
 def _each(function: Callable[[Plane], Plane], planes: Tensor) -> Tensor:
-    """Return float32 planes of a function of each, on as many threads as torch uses."""
+    """Return float32 planes of a function of each, by ``in_threads``."""
     held = planes.cpu().numpy()
     out = np.empty(held.shape, np.float32)
 
-    def work(place: int) -> None:
-        out[place] = function(held[place])
+    def work(start: int, stop: int) -> None:
+        for place in range(start, stop):
+            out[place] = function(held[place])
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(work, range(len(held))))
+    in_threads(work, len(held), held[0].size)
     return torch.from_numpy(out).to(planes.device)
 
 
@@ -164,9 +159,7 @@ class RefSpatter(Reference):
 
         cover = _each(layer, draws["layer"])
         out = torch.empty_like(pixels, memory_format=torch.contiguous_format)
-        step = max(1, _BLOCK // cover[0].numel()) if pixels.device.type == "cpu" else len(pixels)
-        for start in range(0, len(pixels), step):
-            block = slice(start, start + step)
+        for block in blocks(cover):
             for channel, colour in enumerate(_MUD if muddy else _WATER):
                 plane = from_bytes(pixels[block, channel].contiguous())
                 if muddy:

@@ -12,24 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from corruptions._bytes import every_level, look_up, planar, sums
+from corruptions._bytes import every_level, look_up, pixel_blocks, planar, sums
 from corruptions._checks import check_levels
 from robustlab.core.corruption import Draws
 from robustlab.core.levels import Levels
 from robustlab.core.registry import CORRUPTIONS
-from robustlab.core.rng import SampleRng
 
 from .base import Reference, grey_of
-
-_BLOCK = 1 << 16  # pixels worked on at once on the CPU: 512 KB a plane as float64
-
-
-class _Fixed(Reference):
-    """A reference operator without randomness."""
-
-    def draw(self, rng: SampleRng, shape: tuple[int, int, int]) -> Draws:
-        del rng, shape
-        return {}
 
 
 @lru_cache(maxsize=64)
@@ -43,7 +32,7 @@ def blend_table(factor: float) -> Tensor:
 
 @CORRUPTIONS.register("ref:brightness")
 @dataclass(frozen=True)
-class RefBrightness(_Fixed):
+class RefBrightness(Reference):
     """Pillow's ImageEnhance.Brightness as in MedMNIST-C: factor q, digits cut off, at most 255.
 
     Args:
@@ -69,7 +58,7 @@ class RefBrightness(_Fixed):
 
 @CORRUPTIONS.register("ref:contrast")
 @dataclass(frozen=True)
-class RefContrast(_Fixed):
+class RefContrast(Reference):
     """Pillow's ImageEnhance.Contrast as in MedMNIST-C: m + factor (q - m) about the rounded mean m of the luma.
 
     Args:
@@ -103,19 +92,17 @@ def luma_sums(pixels: Tensor) -> Tensor:
         return sums(grey_of(pixels))[:, 0]
     planes = planar(pixels).flatten(2)
     grey = torch.empty_like(planes[:, :1])
-    step = max(1, _BLOCK // planes.shape[2])
-    for start in range(0, len(planes), step):
-        for left in range(0, planes.shape[2], _BLOCK):
-            red, green, blue = planes[start : start + step, :, left : left + _BLOCK].to(torch.float32).unbind(1)
-            # 65536 x 255 + 32768 is below 2^24, so float32 holds every sum exactly
-            total = (red * 19595).add_(green * 38470).add_(blue * 7471).add_(32768)
-            grey[start : start + step, 0, left : left + _BLOCK] = total.mul_(2.0**-16)
+    for block, part in pixel_blocks(planes):
+        red, green, blue = planes[block, :, part].to(torch.float32).unbind(1)
+        # 65536 x 255 + 32768 is below 2^24, so float32 holds every sum exactly
+        total = (red * 19595).add_(green * 38470).add_(blue * 7471).add_(32768)
+        grey[block, 0, part] = total.mul_(2.0**-16)
     return sums(grey[..., None])[:, 0]
 
 
 @CORRUPTIONS.register("ref:gamma")
 @dataclass(frozen=True)
-class RefGamma(_Fixed):
+class RefGamma(Reference):
     """torchvision's adjust_gamma on Pillow images as in MedMNIST-C: floor(255.999 (q / 255)^gamma).
 
     Args:
@@ -142,7 +129,7 @@ class RefGamma(_Fixed):
 
 @CORRUPTIONS.register("ref:mean-contrast")
 @dataclass(frozen=True)
-class RefMeanContrast(_Fixed):
+class RefMeanContrast(Reference):
     """Contrast of ImageNet-C: m + factor (x - m) about the mean m of each channel in float64, digits cut off.
 
     Args:
@@ -265,17 +252,14 @@ def _hsv_bytes(pixels: Tensor, *, gain: float = 1.0, offset: float = 0.0, lift: 
     if pixels.device.type != "cpu":
         return _hsv_block(flat, gain, offset, lift).reshape(pixels.shape)
     out = torch.empty_like(flat)
-    images, step = max(1, _BLOCK // (height * width)), min(_BLOCK, height * width)
-    for first in range(0, count, images):
-        for start in range(0, height * width, step):
-            block = flat[first : first + images, :, start : start + step]
-            out[first : first + images, :, start : start + step] = _hsv_block(block, gain, offset, lift)
+    for block, part in pixel_blocks(flat):
+        out[block, :, part] = _hsv_block(flat[block, :, part], gain, offset, lift)
     return out.reshape(pixels.shape)
 
 
 @CORRUPTIONS.register("ref:hsv-brightness")
 @dataclass(frozen=True)
-class RefHSVBrightness(_Fixed):
+class RefHSVBrightness(Reference):
     """Brightness of ImageNet-C: clip(V + offset) in HSV by scikit-image in float64, digits cut off.
 
     Args:
@@ -303,7 +287,7 @@ class RefHSVBrightness(_Fixed):
 
 @CORRUPTIONS.register("ref:saturate")
 @dataclass(frozen=True)
-class RefSaturate(_Fixed):
+class RefSaturate(Reference):
     """Saturation of ImageNet-C and MedMNIST-C: clip(gain S + offset) in HSV by scikit-image in float64, digits cut off.
 
     A fault that comes with it: grey pixels have hue 0, so an offset turns a white slide pink.

@@ -6,7 +6,7 @@ None of them is met in medical imaging, so there is no physical mode; they compl
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar, Literal
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from corruptions._bytes import BLOCK, blocks
 from corruptions._checks import check_levels
 from robustlab.core.corruption import Draws
 from robustlab.core.errors import RangeError
@@ -24,17 +25,9 @@ from robustlab.core.rng import SampleRng
 from robustlab.core.shift import from_bytes
 
 from ._frost import PUBLISHED, stacked
+from ._scipy import centre_crop
 from .base import Reference
 from .motion import RefMotionBlur
-
-_BLOCK = 1 << 17  # pixels of a plane worked on at once on the CPU: 1 MB as float64
-
-
-def _blocks(pixels: Tensor, size: int = _BLOCK) -> Iterator[slice]:
-    """Yield slices of a few images, whose planes stay in a core's cache; on an accelerator one slice of all."""
-    step = max(1, size // math.prod(pixels.shape[2:])) if pixels.device.type == "cpu" else len(pixels)
-    for start in range(0, len(pixels), step):
-        yield slice(start, start + step)
 
 
 def _truncated(values: Tensor) -> Tensor:
@@ -151,10 +144,10 @@ class RefFog(Reference):
         brightest = pixels.amax((1, 2, 3), keepdim=True).to(torch.float64).div_(_full(255, pixels))
         # an image that is black without fog would divide 0 by 0 at amount 0
         level = (brightest + amount).clamp_min_(1e-300)
-        for block in _blocks(pixels, 4 * _BLOCK):
+        for block in blocks(pixels[:, :1], 4 * BLOCK):
             # the coarse levels are small, so many maps at once
             clouds = plasma(draws["plasma"][block], values["decay"])[:, None, :height, :width]
-            for part in _blocks(pixels[block]):
+            for part in blocks(pixels[block, :1]):
                 cloud = clouds[part] * amount
                 top, full = brightest[block][part], level[block][part]
                 for channel in range(pixels.shape[1]):
@@ -169,23 +162,21 @@ class RefFog(Reference):
 def _zoom_taps(size: int, zoom: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return how one axis is zoomed about its centre: rows before and after each place, and the latter's share.
 
-    The central ceil(size / zoom) rows are stretched, ends onto ends, to a rounded number of rows, of which the middle
-    ``size`` are kept. SciPy drops a last row whose place is rounded past the end; its index is -1 here.
+    The crop of ``centre_crop`` is stretched, ends onto ends. SciPy drops a last row whose place is rounded past the
+    end; its index is -1 here.
     """
-    crop = math.ceil(size / zoom)
-    count = round(crop * zoom)
+    first, crop, count, trimmed = centre_crop(size, zoom)
     step = (crop - 1) / (count - 1) if count > 1 else 1.0
-    place = (np.arange(size) + (count - size) // 2) * step
+    place = (np.arange(size) + trimmed) * step
     low = np.floor(place).astype(np.int64)
     share = place - low
-    first = (size - crop) // 2
     rows = np.minimum(low, crop - 1) + first
     after = np.minimum(low + 1, crop - 1) + first
     rows[place > crop - 1] = -1
     return torch.from_numpy(rows), torch.from_numpy(after), torch.from_numpy(share)
 
 
-def clipped_zoom(planes: Tensor, zoom: float) -> Tensor:
+def magnified(planes: Tensor, zoom: float) -> Tensor:
     """Return planes magnified about their centre by linear interpolation, as ImageNet-C does through SciPy's ``zoom``.
 
     Args:
@@ -272,14 +263,14 @@ class RefSnow(Reference):
 
     def change(self, pixels: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
         layers = torch.empty_like(pixels[:, :1], memory_format=torch.contiguous_format)
-        for block in _blocks(pixels):
+        for block in blocks(pixels[:, :1]):
             noise = draws["layer"][block].to(torch.float64).mul_(values["std"]).add_(values["mean"])
-            noise = clipped_zoom(noise, values["zoom"])
+            noise = magnified(noise, values["zoom"])
             layers[block, 0] = _truncated(noise.masked_fill_(noise < values["threshold"], 0))
         fall = {"angle": draws["angle"].to(torch.float64).mul_(90).sub_(135)}
         layers = RefMotionBlur().change(layers, fall, values)
         out = torch.empty_like(pixels, memory_format=torch.contiguous_format)
-        for block in _blocks(pixels):
+        for block in blocks(pixels[:, :1]):
             snow = layers[block].to(torch.float64).div_(_full(255, pixels))
             turned = snow.flip(2, 3)
             images = from_bytes(pixels[block].contiguous())
@@ -342,7 +333,7 @@ class RefFrost(Reference):
         start = draws["place"].to(torch.float64).mul(free).to(torch.int64)
         windows = stack.unfold(2, height, 1).unfold(3, width, 1)
         out = torch.empty_like(pixels, memory_format=torch.contiguous_format)
-        for block in _blocks(pixels):
+        for block in blocks(pixels[:, :1]):
             frost = windows[picture[block], :, start[block, 0], start[block, 1]]
             image = pixels[block].contiguous().to(torch.float64).mul_(values["image_share"])
             image.add_(frost.to(torch.float64).mul_(values["frost_share"]))

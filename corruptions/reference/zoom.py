@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,24 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from corruptions._bytes import blocks
 from corruptions._checks import check_levels
 from robustlab.core.corruption import Draws
 from robustlab.core.levels import Levels
 from robustlab.core.registry import CORRUPTIONS
-from robustlab.core.rng import SampleRng
 from robustlab.core.shift import from_bytes
 
+from ._scipy import centre_crop
 from .base import Reference
-from .glass import cache_step
 
 _HALF = 1 << 28  # float64 has 29 more bits than float32; the middle between two float32 numbers has the first one set
-
-
-def _axis(size: int, zoom: float) -> tuple[int, int, int, int]:
-    """Return (first pixel and pixels of the centre crop, pixels after zooming, pixels trimmed in front)."""
-    crop = math.ceil(size / zoom)
-    grown = round(crop * zoom)
-    return (size - crop) // 2, crop, grown, (grown - size) // 2
 
 
 class _Line:
@@ -96,7 +88,7 @@ def clipped_zoom(images: Tensor, zoom: float) -> Tensor:
     Returns:
         float32 (N, C, H, W).
     """
-    (top, high, tall, over), (left, broad, wide, beside) = (_axis(size, zoom) for size in images.shape[2:])
+    (top, high, tall, over), (left, broad, wide, beside) = (centre_crop(size, zoom) for size in images.shape[2:])
     crop = images[:, :, top : top + high, left : left + broad]
     row, column = _Line(high, tall, images.device), _Line(broad, wide, images.device)
     grown = (_zoomed_fast if images.device.type == "cpu" else _zoomed)(crop, row, column)
@@ -156,16 +148,10 @@ class RefZoomBlur(Reference):
         check_levels(self, "stop", self.stop, 1, 10)
         check_levels(self, "step", self.step, 1e-3, 1)
 
-    def draw(self, rng: SampleRng, shape: tuple[int, int, int]) -> Draws:
-        del rng, shape
-        return {}
-
     def change(self, pixels: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
         del draws
         zooms: list[float] = np.arange(1, values["stop"], values["step"]).tolist()
         out = torch.empty_like(pixels, memory_format=torch.contiguous_format)
-        step = cache_step(pixels)
-        for start in range(0, len(pixels), step):
-            part = slice(start, start + step)
+        for part in blocks(pixels):
             out[part] = zoom_blur(pixels[part], zooms)
         return out

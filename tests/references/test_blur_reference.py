@@ -12,6 +12,7 @@ from PIL import Image
 from scipy.ndimage import correlate1d
 from skimage.filters import gaussian
 
+from corruptions.reference._scipy import scipy_kernel
 from corruptions.reference.blur import (
     RefDefocusBlur,
     RefGaussianBlur,
@@ -19,7 +20,6 @@ from corruptions.reference.blur import (
     disc_tensor,
     published_disc,
     scipy_blur_tensor,
-    scipy_kernel,
     torchvision_blur_tensor,
 )
 from corruptions.reference.motion import RefMotionBlur, magick_blur_tensor, magick_offsets, magick_weights

@@ -10,17 +10,18 @@ import torch
 from scipy.ndimage import gaussian_filter, map_coordinates, zoom
 from skimage.filters import gaussian
 
+from corruptions.reference._scipy import centre_crop
+from corruptions.reference._scipy import gaussian as blurred
 from corruptions.reference.geometry import (
     RefElastic,
     elastic_transform,
     inverse_affine,
     noise_of,
-    smooth_field,
+    smoothed_noise,
     warp_affine,
 )
 from corruptions.reference.glass import RefGlassBlur, chain_ends, glass_blur
-from corruptions.reference.glass import gaussian as blurred
-from corruptions.reference.zoom import RefZoomBlur, _axis, _Line, _zoomed, clipped_zoom, zoom_blur
+from corruptions.reference.zoom import RefZoomBlur, _Line, _zoomed, clipped_zoom, zoom_blur
 
 DATA = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
 IMAGENET_C_ZOOMS = [(1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03)]
@@ -94,7 +95,7 @@ def test_every_layer_equals_scipy_and_so_does_the_route_of_other_devices():
     ):
         expected = scipy_zoomed(image, factor)
         assert np.array_equal(image_of(clipped_zoom(fine, factor)), expected)
-        top, crop, grown, over = _axis(96, factor)
+        top, crop, grown, over = centre_crop(96, factor)
         line = _Line(crop, grown, fine.device)
         slow = _zoomed(fine[:, :, top : top + crop, top : top + crop], line, line)
         assert np.array_equal(image_of(slow)[over : over + 96, over : over + 96], expected)
@@ -207,7 +208,7 @@ def test_the_affinity_equals_opencv(size, severity):
 @pytest.mark.parametrize("size", [(48, 60), (3, 5)], ids=str)
 def test_the_displacement_equals_scikit_image(size, severity):
     _, noise, alpha, sigma = fields(size, severity)
-    ours = smooth_field(torch.from_numpy(noise), sigma, alpha).numpy()
+    ours = smoothed_noise(torch.from_numpy(noise), sigma, alpha).numpy()
     for plane, field in zip(noise, ours, strict=True):
         expected = (gaussian(plane.astype(np.float64), sigma, mode="reflect", truncate=3) * alpha).astype(np.float32)
         assert np.abs(field - expected).max() <= np.abs(expected).max() * 1e-6
@@ -218,7 +219,7 @@ def test_the_displacement_equals_scikit_image(size, severity):
 def test_sampling_equals_scipy_bit_for_bit(size, severity):
     image = picture(*size)
     _, noise, alpha, sigma = fields(size, severity)
-    dx, dy = smooth_field(torch.from_numpy(noise), sigma, alpha)
+    dx, dy = smoothed_noise(torch.from_numpy(noise), sigma, alpha)
     ours = image_of(elastic_transform(batch(image), None, dx[None], dy[None]))
     clean = np.array(image, dtype=np.float32) / np.float32(255)
     y, x, z = np.meshgrid(*(np.arange(count) for count in image.shape), indexing="ij")
@@ -232,7 +233,7 @@ def test_elastic_is_its_parts_with_its_draws():
     draws = plain.draw(_rng(1), (3, 40, 52))
     values = {name: levels.at(4) for name, levels in plain.levels().items()}
     noise = noise_of(draws["noise"])
-    dx, dy = (smooth_field(plane, values["sigma"], values["alpha"]) for plane in noise)
+    dx, dy = (smoothed_noise(plane, values["sigma"], values["alpha"]) for plane in noise)
     expected = elastic_transform(batch(image), draws["corners"] * values["affine"], dx, dy)
     assert torch.equal(plain.change(batch(image), draws, values), expected)
     assert draws["corners"].abs().max() <= 1

@@ -10,7 +10,7 @@ from scipy import ndimage
 from skimage.filters import gaussian
 
 from corruptions.reference.spatter import RefSpatter
-from corruptions.reference.weather import RefFog, RefFrost, RefSnow, _grey, clipped_zoom, plasma
+from corruptions.reference.weather import RefFog, RefFrost, RefSnow, _grey, magnified, plasma
 from robustlab.core.rng import SampleRng
 
 
@@ -97,19 +97,19 @@ def zoomed(plane, zoom):
 
 @pytest.mark.parametrize("zoom", [1, 1.25, 1.75, 2, 2.25, 2.5, 3, 3.7, 4, 4.5, 11])
 @pytest.mark.parametrize("shape", [(224, 224), (64, 64), (33, 47), (5, 1)], ids=str)
-def test_clipped_zoom_equals_scipy(zoom, shape):
+def test_magnification_equals_scipy(zoom, shape):
     planes = np.random.default_rng(0).normal(size=(2, *shape))
-    ours = clipped_zoom(torch.from_numpy(planes), zoom).numpy()
+    ours = magnified(torch.from_numpy(planes), zoom).numpy()
     assert np.abs(ours - np.stack([zoomed(plane, zoom) for plane in planes])).max() < 1e-12
 
 
-def test_clipped_zoom_loses_the_last_row_where_scipy_does():
+def test_magnification_loses_the_last_row_where_scipy_does():
     lost = 0
     for size in range(2, 60):
         planes = np.ones((1, size, size))
         expected = zoomed(planes[0], 1.75)
         lost += int((expected == 0).any())
-        assert np.array_equal(clipped_zoom(torch.from_numpy(planes), 1.75)[0].numpy() == 0, expected == 0), size
+        assert np.array_equal(magnified(torch.from_numpy(planes), 1.75)[0].numpy() == 0, expected == 0), size
     assert lost > 0
 
 

@@ -116,7 +116,8 @@ def test_neither_batch_nor_memory_layout_changes_a_bit(blur, channels):
 
 
 def test_threads_change_no_bit():
-    pixels, before = texture(5, 3, 40, 40), torch.get_num_threads()
+    # large enough to be worth a thread
+    pixels, before = texture(5, 3, 80, 80), torch.get_num_threads()
     results = []
     try:
         for threads in (1, 2, 3):
