@@ -161,7 +161,10 @@ def check_batch(corruption: Corruption) -> None:
 
 
 def check_draws(corruption: Corruption) -> None:
-    """Draws are keyed by seed, epoch and id (a device's: by seed), repeat, and know neither pixels nor severity."""
+    """Draws are keyed by seed, epoch and id (a device's: by seed), repeat, and know neither pixels nor severity.
+
+    Draws and pixels are left alone by ``apply``.
+    """
     size = _size(corruption, (16, 19))
     batch = Batch(textured(6, _channels(corruption), *size), None, torch.arange(6))
     ctx = ShiftContext(seed=1)
@@ -174,6 +177,10 @@ def check_draws(corruption: Corruption) -> None:
     for severity in (3.0, 5.0, 3.0):
         if not torch.equal(corruption.perform(batch, draws, severity, ctx).images, results[severity]):
             raise ContractError(repr(corruption), "the same result again", "another one", _DRAW)
+    given = batch.images.clone()  # on() may hand over a copy; others who call apply need not
+    corruption.apply(given, draws, {name: levels.at(3.0) for name, levels in corruption.levels().items()})
+    if not torch.equal(given, batch.images):
+        raise ContractError(repr(corruption), "the input left alone", "changed in place", "Work on a copy in apply.")
     order = torch.tensor([5, 0, 3])
     mates = dataclasses.replace(batch, ids=torch.tensor([5, 90, 0, 91, 92, 3]))
     among = {name: value[[0, 2, 5]] for name, value in corruption.prepare(mates, ctx).items()}

@@ -12,7 +12,8 @@ from robustlab.core.corruption import Corruption
 from robustlab.core.errors import ContractError
 from robustlab.core.levels import Levels
 from robustlab.core.registry import CORRUPTIONS
-from robustlab.testing import check_corruption, textured
+from robustlab.core.shift import from_bytes, to_bytes
+from robustlab.testing import check_corruption, check_form, textured
 
 STEPS = Levels((0.1, 0.2, 0.3, 0.4, 0.5), identity=0.0, unit="of full range")
 
@@ -92,8 +93,77 @@ def other_bytes(self, pixels, draws, values):
     return (pixels.float() * (1 - values["amount"])).to(torch.uint8)
 
 
+def darker(pixels, values):
+    return to_bytes(from_bytes(pixels) * (1 - values["amount"]))
+
+
+def first_black_unless_three(self, pixels, draws, values):
+    changed = darker(pixels, values)
+    if len(pixels) != 3:
+        changed[0] = 0
+    return changed
+
+
+def strided_inverted(self, pixels, draws, values):
+    changed = darker(pixels, values)
+    return changed if pixels.is_contiguous() else 255 - changed
+
+
+def strided_window_inverted(self, pixels, draws, values):
+    dense = pixels.is_contiguous() or pixels.is_contiguous(memory_format=torch.channels_last)
+    return darker(pixels, values) if dense else 255 - darker(pixels, values)
+
+
+def bytes_in_place(self, pixels, draws, values):
+    return pixels.copy_(darker(pixels, values))
+
+
+def large_not_finite(self, images, draws, values):
+    return images * (1 - values["amount"] if images.shape[2] <= 400 else float("nan"))
+
+
+def large_bytes_in_place(self, pixels, draws, values):
+    return darker(pixels, values) if pixels.shape[2] < 31 else bytes_in_place(self, pixels, draws, values)
+
+
+def of_threads(self, images, draws, values):
+    return images * (1 - values["amount"]) + 0.01 * (torch.get_num_threads() > 1)
+
+
+def bytes_of_threads(self, pixels, draws, values):
+    return darker(pixels, values) + (torch.get_num_threads() > 1)
+
+
+def shade(self, rng, shape):
+    return {"z": rng.uniform("z", (1, 1, 1))}
+
+
+def blind_to_ids(self, batch, ctx):
+    return self.draw(ctx.rng(self.name, self.version, torch.zeros_like(batch.ids)), tuple(batch.images.shape[1:]))
+
+
+def blind_to_epochs(self, batch, ctx):
+    return self.draw(ctx.still().rng(self.name, self.version, batch.ids), tuple(batch.images.shape[1:]))
+
+
+def of_places(self, batch, ctx):
+    return self.draw(ctx.rng(self.name, self.version, torch.arange(len(batch))), tuple(batch.images.shape[1:]))
+
+
+def unused_of_places(self, rng, shape):
+    return {**shade(self, rng, shape), "unused": torch.arange(len(rng))}
+
+
+def draws_in_place(self, images, draws, values):
+    return images * (1 - values["amount"]) + 0.01 * draws["z"].add_(1)
+
+
 BROKEN = {
     "in-place": ({"apply": in_place}, "left alone"),
+    "in-place if not storable": (
+        {"apply": in_place, "storable": property(lambda self: False)},
+        r"float.*left alone",
+    ),
     "batch mates": ({"apply": batch_mean}, "in any batch"),
     "global noise": ({"apply": global_noise}, "in any batch|global random state|again"),
     "position": ({"draw": of_position, "apply": uses_z}, "in any batch"),
@@ -103,6 +173,30 @@ BROKEN = {
     "shape": ({"apply": smaller}, r"\(2, 1, 1, 1\)"),
     "infinite": ({"apply": infinite}, "finite"),
     "truncating bytes": ({"apply_bytes": other_bytes}, "same stored bytes"),
+    "first bytes unless three": ({"apply_bytes": first_black_unless_three}, r"uint8.*in any batch"),
+    "channels last bytes": ({"apply_bytes": strided_inverted}, r"uint8.*channels_last"),
+    "window bytes": ({"apply_bytes": strided_window_inverted}, r"uint8.*a window"),
+    "bytes in place": ({"apply_bytes": bytes_in_place}, r"uint8.*left alone"),
+    "bytes in place if not storable": (
+        {"apply_bytes": large_bytes_in_place, "storable": property(lambda self: False)},
+        r"uint8.*left alone",
+    ),
+    "bytes of mates if not storable": (
+        {"apply_bytes": first_black_unless_three, "storable": property(lambda self: False)},
+        r"uint8.*in any batch",
+    ),
+    "large ones only": ({"apply": large_not_finite, "min_size": 300}, "finite"),
+    "threads": ({"apply": of_threads}, "any number of threads"),
+    "threads in bytes": ({"apply_bytes": bytes_of_threads}, r"uint8.*any number of threads"),
+    "blind to ids": ({"draw": shade, "prepare": blind_to_ids, "apply": uses_z}, "for other ids"),
+    "blind to epochs": ({"draw": shade, "prepare": blind_to_epochs, "apply": uses_z}, "another epoch"),
+    "draws of places": ({"draw": shade, "prepare": of_places, "apply": uses_z}, "in any batch"),
+    "unseen draws of places": ({"draw": unused_of_places, "apply": uses_z}, "same draws for an id"),
+    "draws changed": ({"draw": shade, "apply": draws_in_place}, "same result again"),
+    "severity zero": (
+        {"on": lambda self, batch, severity, ctx: batch.replace(batch.images.sqrt())},
+        "severity 0 to change nothing",
+    ),
     "stage": ({"stage": "afterwards"}, "a stage among"),
     "no parameter": (
         {"amount": 0.5, "__annotations__": {"amount": float}, "apply": flat},
@@ -117,6 +211,27 @@ def test_a_broken_one_is_told_what_it_breaks(fault):
     members, words = BROKEN[fault]
     with pytest.raises(ContractError, match=words):
         check_corruption(named(fault.replace(" ", "-"), **members))
+
+
+def test_one_that_applies_to_nothing_is_told_so():
+    kind = named("nowhere", skip_reason=lambda self, spec: "for nothing")
+    with pytest.raises(ContractError, match="to apply to some images"):
+        check_form(kind())
+    with pytest.raises(ContractError, match="to none"):
+        check_corruption(kind)
+
+
+def test_the_number_of_threads_is_put_back():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        check_corruption(named("restores"))
+        assert torch.get_num_threads() == 3
+        with pytest.raises(ContractError):
+            check_corruption(named("does-not", apply=of_threads))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_an_unregistered_one_is_refused():
