@@ -115,7 +115,10 @@ def separable(images: Tensor, kernel: Kernel) -> Tensor:
 
 
 def _separable_image(image: Floats, kernel: Kernel, out: Floats) -> Floats:
-    """Return the same of one image, (H, W) or (H, W, 3), written to ``out``, which may be the image itself."""
+    """Return ``separable`` of one image, (H, W) or (H, W, 3), written to ``out``, which may be the image itself.
+
+    OpenCV sums in an order of its own, so that results differ from those of ``separable`` in the last digits.
+    """
     cv2.sepFilter2D(image, cv2.CV_32F, kernel, kernel, dst=out, borderType=cv2.BORDER_REFLECT)
     return out
 

@@ -82,9 +82,10 @@ def mean_along(image: Floats, taps: Taps, out: Floats) -> Floats:
 
 
 def gather_along(images: Tensor, rows: Tensor, columns: Tensor, weights: Tensor) -> Tensor:
-    """Return the same for a batch on any device: images (N, C, H, W), taps (N, K), each tap one gather.
+    """Return such sums for a batch on any device: images (N, C, H, W), taps (N, K), each tap one gather.
 
-    Products and sums are rounded one by one in the images' dtype.
+    Products and sums are rounded one by one in the images' dtype, and no tap is left out, so that float32 results
+    differ from those of ``mean_along`` in the last digits.
     """
     count, channels, height, width = images.shape
     flat = images.reshape(count, channels, height * width)

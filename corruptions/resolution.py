@@ -21,8 +21,9 @@ from ._resample import Taps, area_down, box_resize, linear_up, nearest, resample
 class DownUpSampling(Corruption):
     """A coarser detector: averages over square cells of ``factor`` pixels, interpolated linearly back to the old grid.
 
-    Cells are laid from the upper left corner and ``factor`` may be any real number, so that nothing moves and nothing
-    aliases.
+    Cells are laid from the upper left corner and ``factor`` may be any real number. Averages over whole cells suppress
+    aliasing, though not all of it, and the contents stay in place, except that a last cell cut off by the border moves
+    what is there by up to half a cell.
 
     Args:
         factor: Side of a cell, in pixels of the original.
@@ -30,7 +31,6 @@ class DownUpSampling(Corruption):
 
     family: ClassVar[str] = "resolution"
     stage: ClassVar[str] = "sampling"
-    domain: ClassVar[Literal["display", "light", "optical density"]] = "light"
     label_safety: ClassVar[Literal["safe", "conditional", "unsafe"]] = "conditional"
     factor: Levels = Levels((1.5, 2, 3, 4, 6), identity=1.0, unit="x pixel size", scale="log")
 

@@ -76,7 +76,7 @@ class ZoomBlur(Corruption):
     """
 
     family: ClassVar[str] = "blur"
-    stage: ClassVar[str] = "optics"
+    stage: ClassVar[str] = "subject"
     seen_in: ClassVar[tuple[str, ...] | None] = ("dermoscopy",)
     label_safety: ClassVar[Literal["safe", "conditional", "unsafe"]] = "conditional"
     zoom: Levels = Levels((1.04, 1.08, 1.13, 1.20, 1.30), identity=1.0, unit="x largest zoom")

@@ -90,6 +90,13 @@ def stacked(folder: str, scale: float, height: int, width: int) -> tuple[Tensor,
     return stack, sides
 
 
+@lru_cache(maxsize=4)
+def stacked_on(device: torch.device, folder: str, scale: float, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Return what ``stacked`` does, on a device, where it is kept for the next batch."""
+    stack, sides = stacked(folder, scale, height, width)
+    return stack.to(device), sides.to(device)
+
+
 def _drawn(number: int) -> Picture:
     """Return a picture of frost on a window pane, drawn from noise and branching crystals."""
     rng = SampleRng.make(0, "frost", torch.tensor([number]))

@@ -45,7 +45,8 @@ class Reference(Corruption):
         Args:
             pixels: uint8 (N, 3, H, W), or (N, 1, H, W) where the channels are ``alike``; of any strides; must not be
                 changed in place.
-            draws: What ``draw`` returned for the shape (3, H, W).
+            draws: What ``draw`` returned for the images' own shape, (1, H, W) for grey ones also where ``pixels`` has
+                three channels: an operator that is not ``alike`` may not take its number of channels from there.
             values: Parameter name to value.
 
         Returns:

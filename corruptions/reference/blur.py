@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import cv2
 import numpy as np
@@ -117,6 +117,7 @@ class RefGaussianBlur(Reference):
     family: ClassVar[str] = "blur"
     stage: ClassVar[str] = "optics"
     seen_in: ClassVar[tuple[str, ...] | None] = ()
+    label_safety: ClassVar[Literal["safe", "conditional", "unsafe"]] = "conditional"
     alike: ClassVar[bool] = True
     sigma: Levels = Levels((1, 2, 3, 4, 6), identity=0.0, unit="px")
 
@@ -192,6 +193,7 @@ class RefTorchvisionBlur(Reference):
     family: ClassVar[str] = "blur"
     stage: ClassVar[str] = "optics"
     seen_in: ClassVar[tuple[str, ...] | None] = ("xray", "ct", "microscopy")
+    label_safety: ClassVar[Literal["safe", "conditional", "unsafe"]] = "conditional"
     alike: ClassVar[bool] = True
     kernel: Levels = Levels((3, 5, 7, 9, 11), identity=1.0, unit="px")
 
@@ -263,6 +265,7 @@ class RefDefocusBlur(Reference):
     family: ClassVar[str] = "blur"
     stage: ClassVar[str] = "optics"
     seen_in: ClassVar[tuple[str, ...] | None] = ("histology", "microscopy", "dermoscopy", "fundus", "oct")
+    label_safety: ClassVar[Literal["safe", "conditional", "unsafe"]] = "conditional"
     alike: ClassVar[bool] = True
     radius: Levels = Levels((3, 4, 6, 8, 10), identity=0.0, unit="px")
     alias: Levels = Levels((0.1, 0.5, 0.5, 0.5, 0.5), identity=0.0, unit="px")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -116,6 +116,7 @@ class RefGlassBlur(Reference):
     family: ClassVar[str] = "blur"
     stage: ClassVar[str] = "optics"
     seen_in: ClassVar[tuple[str, ...] | None] = ("endoscopy", "fundus")
+    label_safety: ClassVar[Literal["safe", "conditional", "unsafe"]] = "conditional"
     alike: ClassVar[bool] = True
     sigma: Levels = Levels((0.7, 0.9, 1.0, 1.1, 1.5), identity=0.0, unit="px")
     reach: Levels = Levels((1, 2, 2, 3, 4), identity=0.0, unit="px")

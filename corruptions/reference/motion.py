@@ -38,15 +38,19 @@ def magick_weights(radius: float, sigma: float) -> Kernel:
 def magick_offsets(angle: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the offsets (down, right), int64 (N, count), of the pixels that ImageMagick reads.
 
+    They are worked out on the CPU, since another last digit of a sine, as on CUDA, could pick another pixel.
+
     Args:
         angle: (N,), degrees, downwards from the horizontal.
         count: Steps, the first of which is the pixel itself.
     """
-    theta = angle.to(torch.float64) * (math.pi / 180)
+    theta = angle.to("cpu", torch.float64) * (math.pi / 180)
     down, right = count * torch.sin(theta), count * torch.cos(theta)
-    steps = torch.arange(count, dtype=torch.float64, device=angle.device)
+    steps = torch.arange(count, dtype=torch.float64)
     length = torch.hypot(down, right)[:, None]
-    rows, columns = (torch.ceil(steps * each[:, None] / length - 0.5).to(torch.int64) for each in (down, right))
+    rows, columns = (
+        torch.ceil(steps * each[:, None] / length - 0.5).to(torch.int64).to(angle.device) for each in (down, right)
+    )
     return rows, columns
 
 

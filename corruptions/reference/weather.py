@@ -18,13 +18,13 @@ from torch import Tensor
 from corruptions._bytes import BLOCK, blocks
 from corruptions._checks import check_levels
 from robustlab.core.corruption import Draws
-from robustlab.core.errors import RangeError
+from robustlab.core.errors import KindError, RangeError
 from robustlab.core.levels import Levels
 from robustlab.core.registry import CORRUPTIONS
 from robustlab.core.rng import SampleRng
 from robustlab.core.shift import from_bytes
 
-from ._frost import PUBLISHED, stacked
+from ._frost import PUBLISHED, stacked_on
 from ._scipy import centre_crop
 from .base import Reference
 from .motion import RefMotionBlur
@@ -317,6 +317,12 @@ class RefFrost(Reference):
     def __post_init__(self) -> None:
         check_levels(self, "image_share", self.image_share, 0, 1)
         check_levels(self, "frost_share", self.frost_share, 0, 1)
+        if not isinstance(self.textures, str):
+            raise KindError(
+                "RefFrost", "textures as a string", repr(self.textures), 'Name a folder, or write "" for our own.'
+            )
+        if isinstance(self.scale, bool) or not isinstance(self.scale, int | float):
+            raise KindError("RefFrost", "scale as a number from 0.01 to 1", repr(self.scale), "Write e.g. scale=0.3.")
         if not 0.01 <= self.scale <= 1:
             raise RangeError("RefFrost", "scale from 0.01 to 1", f"{self.scale}", "1 leaves the pictures as they are.")
 
@@ -326,7 +332,7 @@ class RefFrost(Reference):
 
     def change(self, pixels: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
         height, width = pixels.shape[2:]
-        stack, sides = (part.to(pixels.device) for part in stacked(self.textures, self.scale, height, width))
+        stack, sides = stacked_on(pixels.device, self.textures, self.scale, height, width)
         picture = draws["picture"]
         free = sides[picture] - torch.tensor((height, width), device=pixels.device)
         # uniforms are multiples of 2^-24, so the product is exact

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -137,8 +137,8 @@ class RefZoomBlur(Reference):
     """
 
     family: ClassVar[str] = "blur"
-    stage: ClassVar[str] = "optics"
-    label_safety: ClassVar = "conditional"
+    stage: ClassVar[str] = "subject"
+    label_safety: ClassVar[Literal["safe", "conditional", "unsafe"]] = "conditional"
     seen_in: ClassVar[tuple[str, ...] | None] = ("dermoscopy",)
     alike: ClassVar[bool] = True
     stop: Levels = Levels((1.11, 1.16, 1.21, 1.26, 1.31), identity=1.0, unit="x, end of zoom factors")

@@ -10,8 +10,10 @@ from scipy.ndimage import map_coordinates
 
 from corruptions.geometry import Elastic, displacement, warp
 from corruptions.glass import GlassBlur, gather, offsets
+from corruptions.motion import MotionBlur
 from corruptions.reference.geometry import RefElastic
 from corruptions.reference.glass import RefGlassBlur
+from corruptions.reference.motion import RefMotionBlur
 from corruptions.reference.zoom import RefZoomBlur
 from corruptions.zoom import ZoomBlur, zoom_mean
 from robustlab.core.errors import ConfigError, RangeError
@@ -253,3 +255,7 @@ def test_a_shift_that_moves_nothing_leaves_masks_and_boxes_alone():
         after = shift.on(batch, 5, ShiftContext())
         assert after.masks is batch.masks
         assert after.boxes is batch.boxes
+
+
+def test_motion_along_and_across_the_line_of_sight_may_come_in_any_order():
+    assert len({kind.stage for kind in (ZoomBlur, RefZoomBlur, MotionBlur, RefMotionBlur)}) == 1

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from corruptions.reference._frost import PUBLISHED, pictures, stacked
+from corruptions.reference._frost import PUBLISHED, pictures, stacked, stacked_on
 from corruptions.reference.spatter import RefSpatter, smooth
 from corruptions.reference.weather import RefFog, RefFrost, RefSnow, plasma, plasma_side
 from robustlab.core.corruption import STAGES
-from robustlab.core.errors import DataFileError, RangeError
+from robustlab.core.errors import DataFileError, KindError, RangeError
 from robustlab.core.shift import ShiftContext, from_bytes
 from robustlab.core.spec import canonical_json, from_dict
 from robustlab.core.types import Batch
@@ -183,6 +183,20 @@ def test_frost_pictures_that_cannot_be_read_are_named(tmp_path):
 def test_frost_scale_out_of_range_is_refused(scale):
     with pytest.raises(RangeError, match="scale"):
         RefFrost(scale=scale)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"scale": "1"}, "scale as a number"), ({"scale": True}, "scale as a number"), ({"textures": None}, "a string")],
+)
+def test_frost_arguments_of_another_kind_are_refused(wrong, message):
+    with pytest.raises(KindError, match=message):
+        RefFrost(**wrong)
+
+
+def test_frost_pictures_are_kept_on_their_device():
+    first, again = (stacked_on(torch.device("cpu"), "", 0.2, 20, 20) for _ in range(2))
+    assert all(one is other for one, other in zip(first, again, strict=True))
 
 
 def test_frost_scale_and_textures_are_part_of_the_identity():
