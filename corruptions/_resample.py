@@ -214,8 +214,9 @@ def box_blocks(image: Pixels, height: int, width: int) -> Pixels:
     import cv2
 
     full_height, full_width = image.shape[:2]
-    narrow = cv2.transpose(_box_rows(cv2.transpose(image), width))
-    return enlarge(_box_rows(np.asarray(narrow), height), full_height, full_width)
+    turned = np.asarray(cv2.transpose(image), dtype=np.uint8)
+    narrow = np.asarray(cv2.transpose(_box_rows(turned, width)), dtype=np.uint8)
+    return enlarge(_box_rows(narrow, height), full_height, full_width)
 
 
 def enlarge(small: Pixels, height: int, width: int) -> Pixels:

@@ -59,7 +59,7 @@ class StainShift(Corruption):
 
     family: ClassVar[str] = "staining"
     stage: ClassVar[str] = "subject"
-    domain: ClassVar[Literal["display", "light", "optical density"]] = "optical density"
+    domain: ClassVar[Literal["display", "optical density"]] = "optical density"
     channels: ClassVar[tuple[int, ...] | None] = (3,)
     modalities: ClassVar[tuple[str, ...] | None] = ("histology",)
     label_safety: ClassVar[Literal["safe", "conditional", "unsafe"]] = "conditional"

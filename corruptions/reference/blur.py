@@ -223,8 +223,7 @@ def published_disc(radius: float, alias: float) -> np.ndarray[Any, np.dtype[np.f
     inside = (side[:, None] ** 2 + side[None, :] ** 2 <= radius**2).astype(np.float32)
     inside /= np.sum(inside)
     around = (3, 3) if radius <= 8 else (5, 5)
-    kernel: np.ndarray[Any, np.dtype[np.float32]] = cv2.GaussianBlur(inside, ksize=around, sigmaX=alias)
-    return kernel
+    return np.asarray(cv2.GaussianBlur(inside, ksize=around, sigmaX=alias), dtype=np.float32)
 
 
 @lru_cache(maxsize=1)

@@ -40,20 +40,18 @@ class Corruption(Shift):
     """A change that acquisition, processing or storage makes to images.
 
     Subclasses are frozen dataclasses; each field of type ``Levels`` is a physical parameter, the first of which is the
-    amount that reports print. They implement ``apply``, and ``draw`` where something is
-    random.
+    amount that reports print. They implement ``apply``, and ``draw`` where something is random.
 
     ``mode`` is ``"physical"``, or ``"reference"`` for published operators with their source's own rounding and faults.
     ``stage`` says where in the making of an image it acts, one of ``STAGES``. ``domain`` is what its formula works on:
-    display values, light (linear intensity) or optical density. ``modalities`` names those for which it is made (None:
-    any), ``seen_in`` those where it is met, for lists. ``min_size`` is the shortest side that it can work on.
-    ``keyed_by`` is ``"device"`` where the draws belong to the scanner: all its images share them, in any epoch.
+    display values or optical density. ``modalities`` names those for which it is made (None: any), ``seen_in`` those
+    where it is met, for lists. ``min_size`` is the shortest side that it can work on. ``keyed_by`` is ``"device"`` where the draws belong to the scanner: all its images share them, in any epoch.
     """
 
     family: ClassVar[str] = "other"
     mode: ClassVar[Literal["physical", "reference"]] = "physical"
     stage: ClassVar[str] = ""
-    domain: ClassVar[Literal["display", "light", "optical density"]] = "display"
+    domain: ClassVar[Literal["display", "optical density"]] = "display"
     channels: ClassVar[tuple[int, ...] | None] = None
     min_size: ClassVar[int] = 1
     modalities: ClassVar[tuple[str, ...] | None] = None
