@@ -36,7 +36,7 @@ def _opencv_jpeg(image: Pixels, quality: int) -> Pixels:
         return np.asarray(cv2.imdecode(cv2.imencode(".jpg", image, options)[1], cv2.IMREAD_GRAYSCALE))
     coded = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)[1]
     decoded = np.asarray(cv2.imdecode(coded, cv2.IMREAD_COLOR))
-    return np.asarray(cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB))
+    return np.asarray(cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB), dtype=np.uint8)
 
 
 @lru_cache(maxsize=1)

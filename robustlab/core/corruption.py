@@ -45,7 +45,8 @@ class Corruption(Shift):
     ``mode`` is ``"physical"``, or ``"reference"`` for published operators with their source's own rounding and faults.
     ``stage`` says where in the making of an image it acts, one of ``STAGES``. ``domain`` is what its formula works on:
     display values or optical density. ``modalities`` names those for which it is made (None: any), ``seen_in`` those
-    where it is met, for lists. ``min_size`` is the shortest side that it can work on. ``keyed_by`` is ``"device"`` where the draws belong to the scanner: all its images share them, in any epoch.
+    where it is met, for lists. ``min_size`` is the shortest side that it can work on.
+    ``keyed_by`` is ``"device"`` where the draws belong to the scanner: all its images share them, in any epoch.
     """
 
     family: ClassVar[str] = "other"
