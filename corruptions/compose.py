@@ -302,6 +302,9 @@ class ByScanner(Shift):
         checked_shifts("ByScanner", [self.shift])
         if not isinstance(self.column, str):
             raise KindError("ByScanner", "the name of a group column", repr(self.column), "For example 'scanner'.")
+        if isinstance(self.shift, Corruption) and self.shift.keyed_by != "device":
+            expected = "a corruption whose draws belong to the scanner, such as FixedPattern"
+            raise ConfigError("ByScanner", expected, self.shift.label, "Use it without ByScanner: it has no scanner.")
 
     @property
     def label(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,15 @@ from typing import Any, ClassVar, Literal, final
 import numpy as np
 import torch
 
-from robustlab.core.errors import ConfigError, DataFileError, KindError, LabelError, RangeError, ShapeError
+from robustlab.core.errors import (
+    ConfigError,
+    DataFileError,
+    KindError,
+    LabelError,
+    RangeError,
+    RobustlabWarning,
+    ShapeError,
+)
 from robustlab.core.rng import stable_hash
 from robustlab.core.shift import Shift, ShiftContext, from_bytes
 from robustlab.core.source import Source
@@ -190,6 +199,12 @@ def _from_array(file: Path, source: Source) -> Stored:
         _check_labels(file, _member(file, "test_labels"), source)
     elif beside.is_file():
         _check_labels(beside, _plain_array(beside), source)
+    else:
+        warnings.warn(
+            f"{file.parent}: no {LABELS}, so the order of the samples could not be compared with {info.name!r}",
+            RobustlabWarning,
+            stacklevel=3,
+        )
     ids = info.ids.numpy()
     name = f"stored/{file.stem}/{_short_hash(_content(file), array_fingerprint([('ids', ids)]))}"
     return Stored(file.stem, "npz" if packed else "npy", str(file), size, ids, name)

@@ -304,6 +304,7 @@ class RefSaturate(Reference):
 
     family: ClassVar[str] = "staining"
     stage: ClassVar[str] = "processing"
+    seen_in: ClassVar[tuple[str, ...] | None] = ("histology", "microscopy", "dermoscopy", "fundus", "endoscopy")
     label_safety: ClassVar[Literal["safe", "conditional", "unsafe"]] = "conditional"
     gain: Levels = Levels((0.3, 0.1, 2, 5, 20), identity=1.0, unit="x saturation")
     offset: Levels = Levels((0, 0, 0, 0.1, 0.2), identity=0.0, unit="of full saturation")

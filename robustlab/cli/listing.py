@@ -86,7 +86,7 @@ def show(
         if foreign:
             raise ConfigError("--html", "names of corruptions", ", ".join(foreign), "Leave the others out.")
         write_file(html, gallery(wanted, [read_subject(path) for path in image or ()]).encode())
-        typer.echo(f"{len(wanted)} corruptions in {html}")
+        typer.echo(f"{html}: {', '.join(wanted) if len(wanted) < 4 else f'{len(wanted)} corruptions'}")
         return
     if image:
         raise ConfigError("--image", "--html beside it", "--image alone", "Add --html page.html.")
