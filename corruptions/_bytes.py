@@ -96,6 +96,31 @@ def sums(pixels: Tensor) -> Tensor:
     return torch.tensor(totals, dtype=torch.float64).to(torch.int64).reshape(count, channels)
 
 
+def image_sums(pixels: Tensor, table: Tensor) -> Tensor:
+    """Return the exact sums of ``table[pixel]`` over the pixels and channels of each image, int64 (N,).
+
+    Args:
+        pixels: uint8 (N, C, H, W).
+        table: uint8 (256,).
+    """
+    if pixels.device.type != "cpu":
+        return sums(look_up(pixels, table)).sum(1)
+    images, _ = _as_held(pixels)
+    scratch, entries, totals = np.empty_like(images[0]), table.numpy(), []
+    for image in images:
+        np.copyto(scratch, image)
+        _translate(scratch, entries)
+        totals.append(cv2.sumElems(scratch.reshape(len(scratch), -1))[0])
+    return torch.tensor(totals, dtype=torch.float64).to(torch.int64)
+
+
+def _as_held(pixels: Tensor) -> tuple[Pixels, bool]:
+    """Return images on the CPU as a contiguous array, and whether it is (N, H, W, C), as they are held in memory."""
+    last = not pixels.is_contiguous() and pixels.is_contiguous(memory_format=torch.channels_last)
+    held = pixels.permute(0, 2, 3, 1) if last else pixels.contiguous()
+    return held.numpy(), last
+
+
 def look_up(pixels: Tensor, table: Tensor) -> Tensor:
     """Return ``table[pixel]`` of every pixel.
 
@@ -106,26 +131,28 @@ def look_up(pixels: Tensor, table: Tensor) -> Tensor:
     Returns:
         uint8 (N, C, H, W); in memory, channels lie last where they did, except for tables by channel.
     """
-    groups = max(1, table[..., 0].numel())
     if pixels.device.type != "cpu":
+        groups = max(1, table[..., 0].numel())
         index = pixels.reshape(groups, -1).to(torch.int64)
         return table.reshape(groups, 256).gather(1, index).view(pixels.shape)
-    if table.ndim == 3:
-        pixels = planar(pixels)
-    last = torch.channels_last
-    keep = pixels.is_contiguous() or pixels.is_contiguous(memory_format=last)
-    out = pixels.clone() if keep else pixels.contiguous()
-    flat = out if out.is_contiguous() else out.permute(0, 2, 3, 1)
-    for image, row in zip(flat.reshape(groups, -1).numpy(), table.reshape(groups, 256).numpy(), strict=True):
-        _translate(image, row)
-    return out
+    images, last = _as_held(planar(pixels) if table.ndim == 3 else pixels)
+    # memory from NumPy comes in huge pages, which are handed out many times as fast as torch's
+    out = np.empty_like(images)
+    tables = table.reshape(-1, 256).expand(len(images) if table.ndim < 3 else -1, -1).numpy()
+    # image by image, and on one thread: that is done sooner than others would start
+    flat = (array.reshape(len(tables), -1) for array in (images, out))
+    for image, made, row in zip(*flat, tables, strict=True):
+        np.copyto(made, image)
+        _translate(made, row)
+    done = torch.from_numpy(out)
+    return done.permute(0, 3, 1, 2) if last else done
 
 
-def _translate(flat: Pixels, table: Pixels) -> None:
-    """Replace each byte by its entry in the table, in place."""
+def _translate(values: Pixels, table: Pixels) -> None:
+    """Replace each byte of a contiguous array by its entry in the table, in place."""
     import stringzilla  # its vector instructions are several times as fast as OpenCV's loop
 
-    stringzilla.translate(flat.data, np.ascontiguousarray(table).data, inplace=True)
+    stringzilla.translate(values.reshape(-1).data, np.ascontiguousarray(table).data, inplace=True)
 
 
 def every_level(count: int, channels: int, device: torch.device) -> Tensor:
@@ -141,8 +168,15 @@ def by_table(function: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
             is the same to the last digit.
         pixels: uint8 (N, C, H, W).
     """
-    levels = from_bytes(every_level(len(pixels), 1, pixels.device))
-    return look_up(pixels, to_bytes(function(levels)).reshape(len(pixels), 256))
+    return look_up(pixels, rounded(function(from_bytes(every_level(len(pixels), 1, pixels.device)))).flatten(1))
+
+
+def rounded(units: Tensor) -> Tensor:
+    """Return ``to_bytes`` of small tensors: on the CPU by NumPy, as torch wakes its threads to round 2,048 numbers."""
+    if units.device.type != "cpu":
+        return to_bytes(units)
+    levels = units.clamp(0, 1).mul_(255).numpy()
+    return torch.from_numpy(np.rint(levels, out=levels).astype(np.uint8))
 
 
 def by_blocks(function: Callable[[Tensor, slice], Tensor], pixels: Tensor) -> Tensor:
@@ -167,12 +201,22 @@ def by_blocks(function: Callable[[Tensor, slice], Tensor], pixels: Tensor) -> Te
 
 
 def each_image(function: Callable[[Pixels], Pixels], pixels: Tensor) -> Tensor:
-    """Return the images after a function that takes and returns one uint8 image, (H, W, 3), or (H, W) for one channel.
+    """Return the images after a function that takes and returns one uint8 image, as ``each_image_into`` does."""
+
+    def make() -> Callable[[Pixels, Pixels], None]:
+        return lambda image, out: np.copyto(out, function(image))
+
+    return each_image_into(make, pixels)
+
+
+def each_image_into(make: Callable[[], Callable[[Pixels, Pixels], None]], pixels: Tensor) -> Tensor:
+    """Return the images after a function of one uint8 image, (H, W, 3), or (H, W) for one channel.
 
     It runs by ``in_threads``. Images of other channel counts are taken as grey ones, channel by channel.
 
     Args:
-        function: Of one image, keeping its shape; must not change it in place.
+        make: Called once in each thread, for scratch; returns a function of an image, which must not be changed, and of
+            a contiguous place of the same shape for the result.
         pixels: uint8 (N, C, H, W); fastest where memory holds (N, H, W, C).
 
     Returns:
@@ -185,8 +229,9 @@ def each_image(function: Callable[[Pixels], Pixels], pixels: Tensor) -> Tensor:
     out = np.empty_like(images)
 
     def work(start: int, stop: int) -> None:
+        change = make()
         for place in range(start, stop):
-            out[place] = function(images[place])
+            change(images[place], out[place])
 
     in_threads(work, len(images), images[0].size)
     done = torch.from_numpy(out)

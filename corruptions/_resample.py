@@ -7,19 +7,21 @@ batch nor a matrix library. Bytes are averaged in integers as Pillow does.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
 from robustlab.core.shift import from_bytes, to_bytes
 
-from ._bytes import Pixels, planar
+from ._bytes import Pixels, each_image_into
 
-_PLANES = 1 << 18  # values worked on at once on the CPU: 1 MB as float32
+Floats = np.ndarray[Any, np.dtype[np.float32]]
 _Index = np.ndarray[Any, np.dtype[np.intp]]
 _PRECISION = 22  # bits of Pillow's weights for 8-bit images
 
@@ -47,6 +49,31 @@ class Taps:
         weight[first[None, :] + np.arange(width)[:, None] >= matrix.shape[1]] = 0
         return Taps(torch.from_numpy(index), torch.from_numpy(weight.astype(np.float32)))
 
+    @cached_property
+    def steps(self) -> tuple[tuple[slice | _Index, Floats], ...]:
+        """The taps for arrays: for each, rows (a slice where they are evenly spaced) and weights (rows, 1)."""
+        return tuple(
+            (_as_slice(rows), weights[:, None])
+            for rows, weights in zip(self.index.numpy(), self.weight.numpy(), strict=True)
+        )
+
+    def write(self, values: Floats, out: Floats, term: Floats) -> Floats:
+        """Write the rows of one image (H, ...) to ``out`` (rows, ...), with the bits of ``rows``; ``term`` is scratch.
+
+        All are contiguous.
+        """
+        flat, total, part = (array.reshape(len(array), -1) for array in (values, out, term))
+        for place, (rows, weights) in enumerate(self.steps):
+            target = part if place else total
+            if isinstance(rows, slice):
+                np.multiply(flat[rows], weights, out=target)
+            else:
+                np.take(flat, rows, axis=0, out=target, mode="clip")
+                np.multiply(target, weights, out=target)
+            if place:
+                np.add(total, part, out=total)
+        return out
+
     def rows(self, images: Tensor) -> Tensor:
         """Return (N, C, rows, W) of images (N, C, H, W)."""
         index, weight = self.index.to(images.device), self.weight.to(images.device)
@@ -58,6 +85,12 @@ class Taps:
             total = term if total is None else total.add_(term)
         assert total is not None  # noqa: S101 - at least one tap, for the type checkers
         return total
+
+
+def _as_slice(rows: _Index) -> slice | _Index:
+    step = int(rows[1] - rows[0]) if len(rows) > 1 else 1
+    even = step > 0 and bool((np.diff(rows) == step).all())
+    return slice(int(rows[0]), int(rows[-1]) + 1, step) if even else rows
 
 
 @lru_cache(maxsize=64)
@@ -109,41 +142,92 @@ def resample(images: Tensor, down: tuple[Taps, Taps], up: tuple[Taps, Taps]) -> 
     return up[0].rows(up[1].rows(down[1].rows(small)).transpose(2, 3).contiguous())
 
 
+def _shrinker(shape: tuple[int, ...], down: tuple[Taps, Taps]) -> Callable[[Pixels], Floats]:
+    """Return a function that resamples uint8 images of a shape, (H, W) or (H, W, 3), down, each as floats in [0, 1].
+
+    Its results lie on their side, (columns, rows) or (columns, rows, 3), in memory that the next call writes to again:
+    fresh memory would cost more than the sums.
+    """
+    _, width, *colours = shape
+    rows, columns = (len(taps.index[0]) for taps in down)
+    units = np.empty(shape, np.float32)
+    low, term = np.empty((2, rows, width, *colours), np.float32)
+    turned = np.empty((width, rows, *colours), np.float32)
+    small, part = np.empty((2, columns, rows, *colours), np.float32)
+
+    def shrink(image: Pixels) -> Floats:
+        np.divide(image, np.float32(255), out=units, dtype=np.float32)
+        cv2.transpose(down[0].write(units, low, term), dst=turned)
+        return down[1].write(turned, small, part)
+
+    return shrink
+
+
+def _shape(pixels: Tensor) -> tuple[int, ...]:
+    """Return the shape of the arrays that ``each_image_into`` hands out."""
+    return (*pixels.shape[2:], 3) if pixels.shape[1] == 3 else tuple(pixels.shape[2:])
+
+
 def resample_bytes(pixels: Tensor, down: tuple[Taps, Taps], up: tuple[Taps, Taps]) -> Tensor:
-    """Return ``to_bytes(resample(from_bytes(pixels), down, up))``, a few planes at a time on the CPU."""
+    """Return ``to_bytes(resample(from_bytes(pixels), down, up))``, image by image on the CPU."""
     if pixels.device.type != "cpu":
         return to_bytes(resample(from_bytes(pixels), down, up))
-    planes = planar(pixels).reshape(-1, 1, *pixels.shape[2:])
-    out = torch.empty_like(planes)
-    step = max(1, _PLANES // planes[0].numel())
-    for start in range(0, len(planes), step):
-        done = resample(from_bytes(planes[start : start + step]), down, up)
-        out[start : start + step] = done.clamp_(0, 1).mul_(255).round_()
-    return out.reshape(pixels.shape)
+    _, width, *colours = shape = _shape(pixels)
+    rows = len(down[0].index[0])
+
+    def make() -> Callable[[Pixels, Pixels], None]:
+        shrink = _shrinker(shape, down)
+        wide, term = np.empty((2, width, rows, *colours), np.float32)
+        turned = np.empty((rows, width, *colours), np.float32)
+        full, part = np.empty((2, *shape), np.float32)
+
+        def change(image: Pixels, out: Pixels) -> None:
+            cv2.transpose(up[1].write(shrink(image), wide, term), dst=turned)
+            # means of means leave [0, 1] by less than what rounding takes away
+            cv2.convertScaleAbs(up[0].write(turned, full, part), dst=out, alpha=255)
+
+        return change
+
+    return each_image_into(make, pixels)
 
 
-def shrink_bytes(pixels: Tensor, down: tuple[Taps, Taps]) -> Tensor:
-    """Return bytes resampled down once, without rounding in between, uint8 (N, C, rows, columns)."""
-
-    def shrunk(images: Tensor) -> Tensor:
-        return down[1].rows(down[0].rows(from_bytes(images)).transpose(2, 3).contiguous()).transpose(2, 3)
-
+def pixelate_bytes(pixels: Tensor, down: tuple[Taps, Taps]) -> Tensor:
+    """Return ``nearest`` of bytes resampled down, which are rounded once: copies of what is rounded are as good."""
     if pixels.device.type != "cpu":
-        return to_bytes(shrunk(pixels))
-    planes = planar(pixels).reshape(-1, 1, *pixels.shape[2:])
-    step = max(1, _PLANES // planes[0].numel())
-    parts = [to_bytes(shrunk(planes[start : start + step])) for start in range(0, len(planes), step)]
-    small = torch.cat(parts)
-    return small.reshape(*pixels.shape[:2], *small.shape[2:])
+        small = down[1].rows(down[0].rows(from_bytes(pixels)).transpose(2, 3).contiguous()).transpose(2, 3)
+        return nearest(to_bytes(small), *pixels.shape[2:])
+
+    def make() -> Callable[[Pixels, Pixels], None]:
+        shrink = _shrinker(_shape(pixels), down)
+        return lambda image, out: _enlarge(_array(cv2.convertScaleAbs(shrink(image), alpha=255)), out)
+
+    return each_image_into(make, pixels)
+
+
+@lru_cache(maxsize=64)
+def _nearest_rows(size: int, count: int) -> _Index:
+    """Return which of ``size`` rows Pillow's BOX filter copies to each of ``count``, at least as many."""
+    places: _Index = box_members(size, count).argmax(1)
+    return places
 
 
 def nearest(small: Tensor, height: int, width: int) -> Tensor:
     """Return images enlarged by Pillow's BOX filter, which copies the nearest pixel."""
     rows, columns = (
-        torch.from_numpy(box_members(count, size).argmax(1)).to(small.device)
+        torch.from_numpy(_nearest_rows(count, size)).to(small.device)
         for count, size in ((small.shape[2], height), (small.shape[3], width))
     )
     return small.index_select(3, columns).index_select(2, rows)
+
+
+def _enlarge(side: Pixels, out: Pixels) -> None:
+    """Write ``nearest`` of one image that lies on its side, (w, h) or (w, h, 3), to ``out``, (H, W) or (H, W, 3)."""
+    columns, rows = _nearest_rows(len(side), out.shape[1]), _nearest_rows(side.shape[1], len(out))
+    np.take(cv2.transpose(np.take(side, columns, axis=0)), rows, axis=0, out=out, mode="clip")
+
+
+def _array(image: Any) -> Pixels:
+    return np.asarray(image, dtype=np.uint8)
 
 
 @lru_cache(maxsize=64)
@@ -209,23 +293,7 @@ def _box_rows(image: Pixels, count: int) -> Pixels:
     return out
 
 
-def box_blocks(image: Pixels, height: int, width: int) -> Pixels:
-    """Return one uint8 image (H, W) or (H, W, 3) after Pillow's BOX filter down to a size and up again."""
-    import cv2
-
-    full_height, full_width = image.shape[:2]
-    turned = np.asarray(cv2.transpose(image), dtype=np.uint8)
-    narrow = np.asarray(cv2.transpose(_box_rows(turned, width)), dtype=np.uint8)
-    return enlarge(_box_rows(narrow, height), full_height, full_width)
-
-
-def enlarge(small: Pixels, height: int, width: int) -> Pixels:
-    """Return ``nearest`` of one uint8 image (h, w) or (h, w, 3)."""
-    import cv2
-
-    rows, columns = (
-        box_members(count, size).argmax(1) for count, size in ((len(small), height), (small.shape[1], width))
-    )
-    wide = cv2.transpose(np.take(cv2.transpose(small), columns, axis=0))
-    large: Pixels = np.take(np.asarray(wide), rows, axis=0)
-    return large
+def box_blocks(image: Pixels, out: Pixels, *, height: int, width: int) -> None:
+    """Write one uint8 image (H, W) or (H, W, 3) after Pillow's BOX filter down to a size and up again to ``out``."""
+    narrow = _array(cv2.transpose(_box_rows(_array(cv2.transpose(image)), width)))
+    _enlarge(_array(cv2.transpose(_box_rows(narrow, height))), out)

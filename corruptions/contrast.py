@@ -16,7 +16,7 @@ from robustlab.core.registry import CORRUPTIONS
 from robustlab.core.rng import SampleRng
 from robustlab.core.shift import from_bytes
 
-from ._bytes import by_table, look_up, sums
+from ._bytes import by_table, every_level, image_sums, look_up, rounded, sums
 from ._checks import check_levels
 
 _UNIT = 31  # every level q / 255 in float32 is a multiple of 2^-31
@@ -36,7 +36,7 @@ def byte_means(pixels: Tensor) -> Tensor:
     """Return the mean of ``from_bytes(pixels)`` over pixels and channels, float32 (N,), from exact integer sums."""
     factor, offset, rest = _levels_in_units()
     count = pixels[0].numel()
-    total = sums(pixels).sum(1) * factor + sums(look_up(pixels, rest.to(pixels.device))).sum(1) + count * offset
+    total = sums(pixels).sum(1) * factor + image_sums(pixels, rest.to(pixels.device)) + count * offset
     return total.to(torch.float64).mul_(2.0**-_UNIT).div_(count).to(torch.float32)
 
 
@@ -109,7 +109,15 @@ class _EitherWay(Corruption):
         return {"sign": rng.sign("sign", (1, 1, 1))}
 
     def apply_bytes(self, pixels: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
-        return by_table(lambda levels: self.apply(levels, draws, values), pixels)
+        up, down = _curves(self, pixels.device, **values)
+        return look_up(pixels, torch.where(draws["sign"].view(-1, 1) > 0, up, down))
+
+
+@lru_cache(maxsize=64)
+def _curves(corruption: _EitherWay, device: torch.device, **values: float) -> Tensor:
+    """Return what becomes of the 256 levels in either direction, uint8 (2, 256)."""
+    signs = torch.tensor((1.0, -1.0), device=device).view(2, 1, 1, 1)
+    return rounded(corruption.apply(from_bytes(every_level(2, 1, device)), {"sign": signs}, values)).view(2, 256)
 
 
 @CORRUPTIONS.register("gamma")

@@ -13,7 +13,7 @@ from robustlab.core.levels import Levels
 from robustlab.core.registry import CORRUPTIONS
 
 from ._checks import check_levels
-from ._resample import Taps, area_down, box_resize, linear_up, nearest, resample, resample_bytes, shrink_bytes
+from ._resample import Taps, area_down, box_resize, linear_up, pixelate_bytes, resample, resample_bytes
 
 
 @CORRUPTIONS.register("down-up-sampling")
@@ -84,9 +84,7 @@ class Pixelate(Corruption):
         del draws
         height, width = pixels.shape[2:]
         rows, columns = counts(pixels, values["factor"])
-        # copies of what is rounded already are as good as rounded copies
-        small = shrink_bytes(pixels, (box_resize(height, rows), box_resize(width, columns)))
-        return nearest(small, height, width)
+        return pixelate_bytes(pixels, (box_resize(height, rows), box_resize(width, columns)))
 
 
 def counts(images: Tensor, factor: float) -> tuple[int, int]:

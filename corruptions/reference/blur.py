@@ -37,6 +37,13 @@ def in_doubt(total: Image, slack: float, step: float) -> tuple[Image, Index]:
     return low, np.flatnonzero(low != high)
 
 
+@lru_cache(maxsize=64)
+def _padded(size: int, reach: int, mode: str) -> Index:
+    """Return the places 0 .. size - 1 with the border continued by ``numpy.pad``."""
+    places: Index = np.pad(np.arange(size), reach, mode=mode)  # type: ignore[call-overload]
+    return places
+
+
 def windows(image: Image, places: Index, reach: int, mode: str) -> Image:
     """Return (M, 2 reach + 1, 2 reach + 1) neighbourhoods of flat places in an (H, W) or (H, W, 3) image.
 
@@ -50,8 +57,7 @@ def windows(image: Image, places: Index, reach: int, mode: str) -> Image:
     planes = image.reshape(height, width, -1)
     row, column, plane = np.unravel_index(places, planes.shape)
     around = np.arange(2 * reach + 1)
-    rows = np.pad(np.arange(height), reach, mode=mode)[row[:, None] + around]  # type: ignore[call-overload]
-    columns = np.pad(np.arange(width), reach, mode=mode)[column[:, None] + around]  # type: ignore[call-overload]
+    rows, columns = (_padded(size, reach, mode)[at[:, None] + around] for size, at in ((height, row), (width, column)))
     index = (rows[:, :, None] * width + columns[:, None, :]) * planes.shape[2] + plane[:, None, None]
     near: Image = np.take(image.reshape(-1), index)
     return near

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from corruptions._bytes import each_image
+from corruptions._bytes import each_image_into
 from corruptions._checks import check_levels
 from corruptions._resample import box_blocks, box_down, nearest
 from corruptions.compression import compress
@@ -79,5 +79,5 @@ class RefPixelate(Reference):
         del draws
         rows, columns = counts(pixels, values["factor"])
         if pixels.device.type == "cpu":
-            return each_image(partial(box_blocks, height=rows, width=columns), pixels)
+            return each_image_into(lambda: partial(box_blocks, height=rows, width=columns), pixels)
         return nearest(box_down(pixels, rows, columns), *pixels.shape[2:])

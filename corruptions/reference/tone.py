@@ -7,18 +7,22 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar, Literal
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from corruptions._bytes import every_level, look_up, pixel_blocks, planar, sums
+from corruptions._bytes import every_level, in_threads, interleaved, look_up, pixel_blocks, planar, sums
 from corruptions._checks import check_levels
 from robustlab.core.corruption import Draws
 from robustlab.core.levels import Levels
 from robustlab.core.registry import CORRUPTIONS
 
 from .base import Reference, grey_of
+
+# Pillow's weights, and a half to round up; 65536 x 255 + 32768 is below 2^24, so float32 holds every sum exactly
+_LUMA = np.array([[19595, 38470, 7471, 32768]]) / 65536
 
 
 @lru_cache(maxsize=64)
@@ -81,7 +85,8 @@ class RefContrast(Reference):
         del draws
         count = pixels.shape[2] * pixels.shape[3]
         pivot = (2 * luma_sums(pixels) + count) // (2 * count)
-        return look_up(pixels, blend_table(values["factor"]).to(pixels.device)[pivot])
+        # plain indexing would wake torch's threads for so few bytes
+        return look_up(pixels, blend_table(values["factor"]).to(pixels.device).index_select(0, pivot))
 
 
 def luma_sums(pixels: Tensor) -> Tensor:
@@ -90,14 +95,18 @@ def luma_sums(pixels: Tensor) -> Tensor:
         return sums(pixels)[:, 0]
     if pixels.device.type != "cpu":
         return sums(grey_of(pixels))[:, 0]
-    planes = planar(pixels).flatten(2)
-    grey = torch.empty_like(planes[:, :1])
-    for block, part in pixel_blocks(planes):
-        red, green, blue = planes[block, :, part].to(torch.float32).unbind(1)
-        # 65536 x 255 + 32768 is below 2^24, so float32 holds every sum exactly
-        total = (red * 19595).add_(green * 38470).add_(blue * 7471).add_(32768)
-        grey[block, 0, part] = total.mul_(2.0**-16)
-    return sums(grey[..., None])[:, 0]
+    images = interleaved(pixels)
+    totals = np.empty(len(images))
+
+    def work(start: int, stop: int) -> None:
+        colours, luma = (np.empty(shape, np.float32) for shape in (images.shape[1:], images.shape[1:3]))
+        for place in range(start, stop):
+            np.copyto(colours, images[place])
+            cv2.transform(colours, _LUMA, dst=luma)
+            totals[place] = cv2.sumElems(np.floor(luma, out=luma))[0]
+
+    in_threads(work, len(images), images[0].size)
+    return torch.from_numpy(totals).to(torch.int64)
 
 
 @CORRUPTIONS.register("ref:gamma")
