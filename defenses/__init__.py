@@ -4,6 +4,25 @@ from __future__ import annotations
 
 from .detectors import MSP, Energy
 from .ensembles import DeepEnsemble
-from .recalibration import TemperatureScaling
+from .recalibration import (
+    BetaCalibration,
+    DirichletCalibration,
+    HistogramBinning,
+    IsotonicCalibration,
+    PlattScaling,
+    TemperatureScaling,
+    VectorScaling,
+)
 
-__all__ = ["MSP", "DeepEnsemble", "Energy", "TemperatureScaling"]
+__all__ = [
+    "MSP",
+    "BetaCalibration",
+    "DeepEnsemble",
+    "DirichletCalibration",
+    "Energy",
+    "HistogramBinning",
+    "IsotonicCalibration",
+    "PlattScaling",
+    "TemperatureScaling",
+    "VectorScaling",
+]

@@ -1,12 +1,13 @@
 """Every registered defence is a model that can be dropped in, saved and loaded."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from defenses import DeepEnsemble, TemperatureScaling
+from defenses import DeepEnsemble
 from robustlab.core.defense import Defense
 from robustlab.core.model import wrap
 from robustlab.core.registry import DEFENSES
@@ -15,12 +16,14 @@ from robustlab.core.source import Source, SourceInfo
 from robustlab.core.types import Batch, ImageSpec
 from robustlab.train import seeded_init
 
+CLASSES = {"binary": 2, "multiclass": 3, "multilabel": 3}
+
 
 class Toy(Source):
     def __init__(self, count, task):
         rng = SampleRng.make(0, "toy", torch.arange(count))
         self.images = rng.uniform("x", (1, 6, 6))
-        labels = rng.integers("y", 2, (3,)) if task == "multilabel" else rng.integers("y", 3)
+        labels = rng.integers("y", 2, (3,)) if task == "multilabel" else rng.integers("y", CLASSES[task])
         self.info = SourceInfo("toy", ImageSpec(1, (6, 6), bits=None), torch.arange(count), labels, task)
 
     def pixels(self, index):
@@ -28,25 +31,37 @@ class Toy(Source):
 
 
 def network(task):
-    net = nn.Sequential(nn.Flatten(), nn.Dropout(0.3), nn.Linear(36, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
-    return wrap(net, task=task, output="logits", num_classes=3)
+    body = [nn.Flatten(), nn.Dropout(0.3), nn.Linear(36, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, CLASSES[task])]
+    return wrap(nn.Sequential(*body), task=task, output="logits", num_classes=CLASSES[task])
 
 
-def temperature(task):
+def recalibrated(name, task):
     base = network(task)
     base.modules()[0].eval()
-    return TemperatureScaling(base)
+    return DEFENSES.get(name)(base)
 
 
 def ensemble(task):
     return DeepEnsemble.train(lambda: network(task), Toy(48, task), epochs=2, size=2, batch_size=16, progress=False)
 
 
-# how to make each defence unfitted, and how to load it: a new defence adds its line here
-MAKE = {"temperature": temperature, "deep-ensemble": ensemble}
-LOAD = {
-    "temperature": lambda folder, task: TemperatureScaling.load(folder, model=seeded_init(lambda: network(task), 9)),
-    "deep-ensemble": lambda folder, task: DeepEnsemble.load(folder, build=lambda: network(task)),
+# the tasks of each defence, how to make it unfitted, and how to load it: a new defence adds its line here
+CLASSES_ONLY, ALL = ("binary", "multiclass"), ("binary", "multiclass", "multilabel")
+RECALIBRATIONS = {
+    "temperature": ALL,
+    "platt": ("binary", "multilabel"),
+    "vector-scaling": CLASSES_ONLY,
+    "dirichlet": CLASSES_ONLY,
+    "beta-calibration": ALL,
+    "isotonic": ALL,
+    "histogram-binning": ALL,
+}
+TASKS = {**RECALIBRATIONS, "deep-ensemble": ALL}
+MAKE = {"deep-ensemble": ensemble, **{name: partial(recalibrated, name) for name in RECALIBRATIONS}}
+LOAD = {"deep-ensemble": lambda folder, task: DeepEnsemble.load(folder, build=lambda: network(task))}
+LOAD |= {
+    name: lambda folder, task, name=name: DEFENSES.get(name).load(folder, model=seeded_init(lambda: network(task), 9))
+    for name in RECALIBRATIONS
 }
 
 
@@ -56,12 +71,12 @@ def fitted(request):
     return seeded_init(lambda: MAKE[name](task), 0).fit(Toy(48, task), Toy(40, task)), name, task
 
 
-BOTH = [(name, task) for name in DEFENSES.names() for task in ("multiclass", "multilabel")]
-each = pytest.mark.parametrize("fitted", BOTH, indirect=True, ids=["-".join(case) for case in BOTH])
+CASES = [(name, task) for name in DEFENSES.names() for task in TASKS.get(name, ())]
+each = pytest.mark.parametrize("fitted", CASES, indirect=True, ids=["-".join(case) for case in CASES])
 
 
 def test_every_registered_defence_is_covered():
-    assert set(MAKE) == set(LOAD) == set(DEFENSES.names())
+    assert set(TASKS) == set(MAKE) == set(LOAD) == set(DEFENSES.names())
 
 
 @each
@@ -72,11 +87,11 @@ def test_is_a_model_that_can_be_dropped_in(fitted):
     assert DEFENSES.get(name) is type(defense)
     batch = Toy(10, task).read(range(10))
     outputs = defense.predict(batch)
-    assert outputs.logits.shape == (10, 3)
+    assert outputs.logits.shape == (10, CLASSES[task])
     assert outputs.logits.dtype == torch.float32
     assert torch.isfinite(outputs.logits).all()
     assert outputs.task == defense.task == task
-    assert defense.num_classes == 3
+    assert defense.num_classes == CLASSES[task]
     assert torch.equal(defense.predict(batch).logits, outputs.logits)
     half = defense.predict(batch.select(torch.arange(5))).logits
     assert torch.allclose(half, outputs.logits[:5], atol=1e-5)

@@ -1,36 +1,33 @@
-"""Recalibration: temperature scaling."""
+"""Temperature scaling: one number for all logits."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from defenses.storage import read_config, restore_models, save_models
 from robustlab.core.checks import check_labels
-from robustlab.core.defense import Defense
-from robustlab.core.errors import ConfigError, KindError, LabelError, NotFittedError
-from robustlab.core.model import Model, wrap
+from robustlab.core.errors import ConfigError, LabelError
+from robustlab.core.model import Model
 from robustlab.core.registry import DEFENSES
-from robustlab.core.source import Source
-from robustlab.core.types import Batch, ModelOutputs, Task
+from robustlab.core.types import Task
 
-from .storage import read_config, restore_models, save_models
+from .base import Recalibration
 
 logger = logging.getLogger("robustlab")
 
 _BRACKET = 6.0
 _STOP = 1e-8
-_BATCH = 256
 
 
 @DEFENSES.register("temperature")
-class TemperatureScaling(Defense):
+class TemperatureScaling(Recalibration):
     """Logits divided by one number, fitted on clean validation data; answers stay as they are.
 
     Args:
@@ -46,102 +43,40 @@ class TemperatureScaling(Defense):
             raise ConfigError(
                 "TemperatureScaling", "a positive temperature", f"{temperature}", "Leave it out and call fit()."
             )
-        self.base = wrap(model)
+        super().__init__(model)
         self.temperature = temperature
-        self.class_names = self.base.class_names
-        self.model_name = f"{self.base.model_name} + temperature"
-
-    @property
-    def task(self) -> Task:  # type: ignore[override]
-        """Task of the model inside."""
-        return self.base.task
-
-    @property
-    def num_classes(self) -> int:  # type: ignore[override]
-        """Classes of the model inside."""
-        return self.base.num_classes
 
     @property
     def has_offset(self) -> bool:  # type: ignore[override]
         """Whether the model inside returns logits with their offset."""
         return self.base.has_offset
 
-    def modules(self) -> Sequence[nn.Module]:
-        return self.base.modules()
+    @property
+    def is_fitted(self) -> bool:
+        """Whether there is a temperature."""
+        return self.temperature is not None
 
-    def settings(self) -> Mapping[str, Any]:
-        return {"defense": self.name, "temperature": self.temperature, "base": dict(self.base.settings())}
+    def options(self) -> Mapping[str, Any]:
+        return {"temperature": self.temperature}
 
-    def outputs(self, batch: Batch) -> ModelOutputs:
-        return self._scaled(self.base.outputs(batch))
+    def learn(self, logits: Tensor, labels: Tensor) -> None:
+        self.temperature = fit_temperature(logits, labels, self.task)
+        logger.info("%s: temperature %.6g", self.model_name, self.temperature)
 
-    def for_attack(self) -> Model:
-        return TemperatureScaling(self.base.for_attack(), temperature=self.temperature)
+    def calibrate(self, logits: Tensor) -> Tensor:
+        return logits / self.temperature  # type: ignore[operator]  # checked by the caller
 
-    def _scaled(self, outputs: ModelOutputs) -> ModelOutputs:
-        if self.temperature is None:
-            raise NotFittedError(
-                self.model_name, "a fitted temperature", "none", "Call fit(None, val) with clean validation data."
-            )
-        return dataclasses.replace(outputs, logits=outputs.logits / self.temperature)
-
-    def fit(self, train: Source | None, val: Source | None) -> Self:
-        """Fit the temperature on clean validation data; training data are not used.
-
-        Args:
-            train: Ignored.
-            val: Labelled clean validation data.
-
-        Raises:
-            ConfigError: No validation data.
-            KindError: They are not a Source.
-            LabelError: They have no labels, or labels out of range.
-        """
-        del train
-        if val is None:
-            raise ConfigError(
-                "TemperatureScaling.fit", "clean validation data", "val=None", "Pass val=; training data mislead here."
-            )
-        if not isinstance(val, Source):
-            raise KindError(
-                "TemperatureScaling.fit",
-                "val as a Source",
-                type(val).__name__,
-                "Make one: robustlab.load_data(images, labels=labels).",
-            )
-        if val.info.labels is None or len(val) == 0:
-            raise LabelError("TemperatureScaling.fit", "labelled validation data", "none", "Load val with labels.")
-        device = self.base.device
-        parts = [range(start, min(start + _BATCH, len(val))) for start in range(0, len(val), _BATCH)]
-        logits = torch.cat([self.base.predict(val.read(rows).to(device)).logits.cpu() for rows in parts])
-        self.temperature = fit_temperature(logits, val.info.labels, self.task)
-        logger.info("%s: temperature %.6g from %d samples", self.model_name, self.temperature, len(val))
-        return self
+    def _mapped(self, logits: Tensor) -> Tensor:
+        """Divide in the logits' own precision: whatever is not finite stays so."""
+        return self.calibrate(logits)
 
     def save(self, folder: str | Path) -> Path:
-        """Write the temperature and the weights of the model inside.
-
-        Raises:
-            NotFittedError: There is no temperature yet.
-            DataFileError: The folder cannot be written.
-        """
-        if self.temperature is None:
-            raise NotFittedError(self.model_name, "a fitted temperature", "none", "Call fit(None, val) first.")
+        self._require_fit("Call fit(None, val) first.")
         config = {"defense": self.name, "version": self.version, "temperature": self.temperature}
         return save_models(folder, [self.base], config)
 
     @classmethod
     def load(cls, folder: str | Path, *, model: Model | nn.Module) -> Self:
-        """Return a saved defence.
-
-        Args:
-            folder: Where it was saved.
-            model: The network inside, wrapped as it was; the saved weights are loaded into it, in place.
-
-        Raises:
-            DataFileError: Nothing was saved there, or it is damaged.
-            ConfigError: ``model`` is not the network that was saved.
-        """
         config = read_config(folder, cls.name, cls.version)
         defense = cls(model, temperature=config["temperature"])
         restore_models(folder, [defense.base], config)
