@@ -252,7 +252,7 @@ def _defended(report: Report) -> dict[str, Any]:
     places = (("clean", 0), (BREAKING, SEVERITIES[1]))
     rows = [
         json.loads(json.dumps(asdict(report.value(metric, shift=shift, severity=severity))))
-        for metric in ("accuracy", "ece", "nll")
+        for metric in ("accuracy", "ece", "brier")
         for shift, severity in places
     ]
     return {"name": "temperature scaling", "rows": rows}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from .errors import DuplicateNameError, KindError, PluginError, UnknownNameError
 
 if TYPE_CHECKING:
-    from robustlab.metrics.base import Metric
+    from robustlab.metrics.base import AnyMetric
 
     from .attack import Attack
     from .corruption import Corruption
@@ -149,7 +149,7 @@ DETECTORS: Registry[type[Detector]] = Registry(
     "detector", providers=("robustlab.defenses",), group="robustlab.detectors"
 )
 DEFENSES: Registry[type[Defense]] = Registry("defense", providers=("robustlab.defenses",), group="robustlab.defenses")
-METRICS: Registry[type[Metric]] = Registry("metric", providers=("robustlab.metrics",), group="robustlab.metrics")
+METRICS: Registry[type[AnyMetric]] = Registry("metric", providers=("robustlab.metrics",), group="robustlab.metrics")
 
 register_corruption = CORRUPTIONS.register
 register_attack = ATTACKS.register

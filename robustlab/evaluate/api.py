@@ -27,7 +27,7 @@ from .manifest import make_manifest
 from .plan import CLEAN
 from .preflight import examine
 from .saved import saved_notes, unparsed_sentences
-from .score import Subject, condition_rows, ood_rows, worst_rows
+from .score import Subject, condition_rows, ood_rows, summary_rows, worst_rows
 
 
 def evaluate_under_shift(
@@ -192,6 +192,8 @@ def _score(inputs: Inputs, predictions: Predictions, context: Context, plausible
     likely = [condition for condition in shifted if condition.severity <= plausible]
     rows += worst_rows(subject, likely, stores, context, "worst plausible")
     rows += worst_rows(subject, shifted, stores, context, "worst")
+    attacked = [condition for condition in inputs.plan.conditions if condition.kind == "attack"]
+    rows += summary_rows(subject, [*shifted, *attacked], stores, context, inputs.metrics)
     for name, store in predictions.ood.items():
-        rows += ood_rows(subject, name, store, clean, context)
+        rows += ood_rows(subject, name, store, clean, context, inputs.metrics)
     return rows

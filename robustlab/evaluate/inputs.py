@@ -336,7 +336,7 @@ def _metric_names(metrics: str | Sequence[str]) -> tuple[str, ...] | None:
     if metrics == "default":
         return None
     if metrics == "all":
-        return tuple(name for name, metric in METRICS.items() if metric.on == "labels")
+        return METRICS.names()
     names = as_items(metrics, str, "metrics as 'default', 'all' or names", "For example metrics=('accuracy', 'ece').")
     for name in names:
         METRICS.get(name)

@@ -10,7 +10,17 @@ from scipy.stats import norm, t
 from robustlab.core.registry import METRICS
 from robustlab.core.source import Source
 from robustlab.metrics import compute
-from robustlab.metrics.base import Context, Direction, Estimate, MetricValue
+from robustlab.metrics.base import (
+    AnyMetric,
+    ConditionMetric,
+    Conditions,
+    ConditionStore,
+    Context,
+    Direction,
+    Estimate,
+    GroupMetric,
+    MetricValue,
+)
 from robustlab.metrics.stats import FEW_CLUSTERS, Proportion, paired_difference, worst_of
 from robustlab.metrics.store import PredictionStore
 from robustlab.report.rows import Row
@@ -19,6 +29,7 @@ from .plan import CLEAN, Condition
 
 GROUP_METRICS = ("accuracy", "sensitivity", "specificity", "silent-failure-rate")
 WORST_METRICS = ("accuracy", "silent-failure-rate")
+ALL_SHIFTS = "all shifts"
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,13 @@ def make_row(
     )
 
 
+def chosen_metrics(metrics: Sequence[str] | None) -> list[type[AnyMetric]]:
+    """Return the metrics of these names; the default set for None."""
+    if metrics is None:
+        return [item for _, item in METRICS.items() if item.default]
+    return [METRICS.get(name) for name in metrics]
+
+
 def _rows(
     subject: Subject, condition: Condition, values: Sequence[MetricValue], group: str = "", data: str = ""
 ) -> list[Row]:
@@ -100,8 +118,13 @@ def condition_rows(
         drop = paired_difference(store, clean, "accuracy", context)
         rows.append(make_row(subject, condition, "accuracy-drop", drop, "lower"))
     names = [name for name in GROUP_METRICS if metrics is None or name in metrics]
+    between = [item() for item in chosen_metrics(metrics) if issubclass(item, GroupMetric)]
     for column in groups:
         codes = store.groups[column]
+        if store.labels is not None:
+            for item in between:
+                values = item.compute(store, codes, source.info.group_levels[column], context)
+                rows += _rows(subject, condition, values, group=column)
         for code, level in enumerate(source.info.group_levels[column]):
             part = store.select(codes == code)
             rows += _rows(subject, condition, compute(part, context, names), group=f"{column}={level}")
@@ -140,6 +163,36 @@ def worst_rows(
     return rows
 
 
+def summary_rows(
+    subject: Subject,
+    conditions: Sequence[Condition],
+    stores: Mapping[str, PredictionStore],
+    context: Context,
+    metrics: Sequence[str] | None,
+) -> list[Row]:
+    """Return the rows of metrics over several conditions: one a shift, or one under the label "all shifts"."""
+    chosen = [item() for item in chosen_metrics(metrics) if issubclass(item, ConditionMetric)]
+    present = [condition for condition in conditions if condition.key in stores]
+    if not chosen or not present or stores[CLEAN.key].labels is None:
+        return []
+    kinds = {condition.label: condition.kind for condition in present}
+    rows: list[Row] = []
+    for metric in chosen:
+        # copies: what a store derives and keeps goes with the metric
+        over = Conditions(
+            replace(stores[CLEAN.key]),
+            tuple(
+                ConditionStore(c.key, c.label, c.severity, c.amount, c.unit, replace(stores[c.key]), c.kind)
+                for c in present
+            ),
+        )
+        for value in metric.compute(over, context):
+            label = value.shift or ALL_SHIFTS
+            place = Condition(key=label, kind=kinds.get(label, "corruption"), label=label, unit=value.unit)
+            rows.append(make_row(subject, place, value.metric, value.estimate, value.direction, target=value.target))
+    return rows
+
+
 def _corrected_n(estimate: Estimate, count: int) -> float:
     """Return the effective n for an interval at alpha / ``count``.
 
@@ -155,10 +208,15 @@ def _corrected_n(estimate: Estimate, count: int) -> float:
 
 
 def ood_rows(
-    subject: Subject, name: str, store: PredictionStore, clean: PredictionStore, context: Context
+    subject: Subject,
+    name: str,
+    store: PredictionStore,
+    clean: PredictionStore,
+    context: Context,
+    metrics: Sequence[str] | None,
 ) -> list[Row]:
     """Return detection metrics of one OOD set against clean in-distribution data."""
     against = Context(
         resampler=context.resampler, frozen=context.frozen, reference=clean, class_names=context.class_names
     )
-    return _rows(subject, CLEAN, compute(store, against, None), data=f"ID vs {name}")
+    return _rows(subject, CLEAN, compute(store, against, metrics), data=f"ID vs {name}")

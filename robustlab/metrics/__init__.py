@@ -1,4 +1,9 @@
-"""Metrics: pure functions of a PredictionStore, every value with n and an interval; importing registers them."""
+"""Metrics: pure functions of a PredictionStore, every value with n and an interval; importing registers them.
+
+Single metrics are asked for by name (``robustlab list metrics``). What takes arguments of its own is a function here;
+intervals and tests are in ``robustlab.metrics.stats``, states for outputs too large to store in
+``robustlab.metrics.states``.
+"""
 
 from __future__ import annotations
 
@@ -9,75 +14,124 @@ import torch
 
 from robustlab.core.registry import METRICS
 
-from .base import Context, Direction, Estimate, Frozen, Metric, MetricValue, Statistic
-from .calibration import (
-    Brier,
-    ExpectedCalibrationError,
-    NegativeLogLikelihood,
-    NullCalibrationError,
-    Reliability,
-    bin_index,
-    reliability,
+from . import agreement, clinical_calibration, robustness, smooth_calibration  # noqa: F401 - registers
+from .base import (
+    AnyMetric,
+    ConditionMetric,
+    Conditions,
+    ConditionStore,
+    Context,
+    Direction,
+    Estimate,
+    Frozen,
+    GroupMetric,
+    Metric,
+    MetricValue,
+    Statistic,
 )
-from .classification import Accuracy, Auroc, BalancedAccuracy, Sensitivity, Specificity, fit_thresholds
-from .ood import Fpr95IdPositive, Fpr95OodPositive, OodAuroc
+from .calibration import calibration_test
+from .classification import ppv_at_prevalence
+from .failure_threshold import Scale, failure_threshold
+from .forecasts import bin_index
+from .group_table import GroupRow, group_table
+from .groups import GroupDifference
+from .ood import full_spectrum
+from .patients import aggregate_patients
+from .proper_scores import BrierDecomposition, brier_decomposition
+from .relative_robustness import (
+    CorruptionErrors,
+    condition_errors,
+    corruption_error,
+    effective_robustness,
+    relative_corruption_error,
+)
+from .reliability import Reliability, reliability
 from .resample import Resampler
-from .selective import ReferredShare, SilentFailureRate, fit_referral, referred
+from .risk_coverage import excess_aurc, risk_coverage
+from .robustness import flips, least_failing_severity
+from .selective import fit_referral, referred
+from .smooth import Part, SmoothMetric
 from .stats import (
-    Proportion,
+    MetricComparison,
+    compare_metric,
     condition_verdict,
     decide,
-    effective_count,
-    interval,
     paired_difference,
-    proportion,
+    simultaneous,
     unit_count,
     wilson,
-    worst_of,
+    worst_condition,
 )
 from .store import PredictionStore
+from .thresholds import fit_thresholds
+from .uncertainty import (
+    disagreement,
+    expected_entropy,
+    mutual_information,
+    predictive_entropy,
+    reduce_members,
+    variation_ratio,
+)
 
 __all__ = [
-    "Accuracy",
-    "Auroc",
-    "BalancedAccuracy",
-    "Brier",
+    "AnyMetric",
+    "BrierDecomposition",
+    "ConditionMetric",
+    "ConditionStore",
+    "Conditions",
     "Context",
+    "CorruptionErrors",
     "Direction",
     "Estimate",
-    "ExpectedCalibrationError",
-    "Fpr95IdPositive",
-    "Fpr95OodPositive",
     "Frozen",
+    "GroupDifference",
+    "GroupMetric",
+    "GroupRow",
     "Metric",
+    "MetricComparison",
     "MetricValue",
-    "NegativeLogLikelihood",
-    "NullCalibrationError",
-    "OodAuroc",
+    "Part",
     "PredictionStore",
-    "Proportion",
-    "ReferredShare",
     "Reliability",
     "Resampler",
-    "Sensitivity",
-    "SilentFailureRate",
-    "Specificity",
+    "Scale",
+    "SmoothMetric",
     "Statistic",
+    "aggregate_patients",
     "bin_index",
+    "brier_decomposition",
+    "calibration_test",
+    "compare_metric",
     "compute",
+    "condition_errors",
     "condition_verdict",
+    "corruption_error",
     "decide",
-    "effective_count",
+    "disagreement",
+    "effective_robustness",
+    "excess_aurc",
+    "expected_entropy",
+    "failure_threshold",
     "fit_frozen",
     "fit_referral",
     "fit_thresholds",
-    "interval",
+    "flips",
+    "full_spectrum",
+    "group_table",
+    "least_failing_severity",
+    "mutual_information",
     "paired_difference",
-    "proportion",
+    "ppv_at_prevalence",
+    "predictive_entropy",
+    "reduce_members",
     "referred",
+    "relative_corruption_error",
     "reliability",
+    "risk_coverage",
+    "simultaneous",
+    "variation_ratio",
     "wilson",
-    "worst_of",
+    "worst_condition",
 ]
 
 
@@ -99,7 +153,12 @@ def compute(store: PredictionStore, context: Context, names: Sequence[str] | Non
         return []
     kind = "ood" if store.labels is None else "labels"
     chosen = [item for _, item in METRICS.items() if item.default] if names is None else map(METRICS.get, names)
-    return [value for item in chosen if item.on == kind for value in _values(item(), store, context)]
+    return [
+        value
+        for item in chosen
+        if issubclass(item, Metric) and item.on == kind
+        for value in _values(item(), store, context)
+    ]
 
 
 def _values(metric: Metric, store: PredictionStore, context: Context) -> list[MetricValue]:

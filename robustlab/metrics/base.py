@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from .store import PredictionStore
@@ -52,13 +53,25 @@ class Estimate:
 
 @dataclass(frozen=True)
 class MetricValue:
-    """One estimate of one metric: for a class or label (``target``) or for a scorer."""
+    """One estimate of one metric.
+
+    Args:
+        metric: Registered name.
+        estimate: The number.
+        direction: Which way is better.
+        target: Class, label or group level, or empty.
+        scorer: Detector score, or empty.
+        shift: Shift that it sums up, for metrics of several conditions; empty for all shifts together.
+        unit: Unit of the number, where it has one.
+    """
 
     metric: str
     estimate: Estimate
     direction: Direction
     target: str = ""
     scorer: str = ""
+    shift: str = ""
+    unit: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,25 +117,109 @@ class Context:
         return self.class_names[index] if self.class_names is not None else str(index)
 
 
-class Metric(ABC):
-    """A metric of one store. Registered under a kebab-case name; the default set is marked by ``default``.
+class AnyMetric(ABC):
+    """What all metrics share. They are registered under a kebab-case name; the default set is marked by ``default``.
 
-    ``from_answers`` marks metrics that are right for answers without probabilities (``PredictionStore.answers_only``);
-    ``robustlab.metrics.compute`` reports the others as NaN with that reason.
+    ``on`` says what a metric is a function of: a store with labels, an OOD store and its reference, the groups of a
+    store, or the stores of several conditions. ``from_answers`` marks metrics that are right for answers without
+    probabilities (``PredictionStore.answers_only``); the others are NaN there with that reason.
     """
 
     name: ClassVar[str] = ""
     title: ClassVar[str] = ""
     direction: ClassVar[Direction] = "higher"
-    default: ClassVar[bool] = True
-    on: ClassVar[Literal["labels", "ood"]] = "labels"
+    default: ClassVar[bool] = False
+    on: ClassVar[Literal["labels", "ood", "groups", "conditions"]] = "labels"
     from_answers: ClassVar[bool] = False
+
+
+class Metric(AnyMetric):
+    """A metric of one store: on labels, or of an OOD store against the clean reference."""
+
+    smooth: ClassVar[bool] = True
 
     @abstractmethod
     def compute(self, store: PredictionStore, context: Context) -> list[MetricValue]:
         """Return the values; undefined ones as NaN with a reason, an empty list where the metric does not apply."""
 
     def statistics(self, store: PredictionStore, context: Context) -> Mapping[str, Statistic]:
-        """Return target to statistic, for paired comparisons; empty where nothing is defined."""
+        """Return target to statistic, for paired comparisons; empty where nothing is defined.
+
+        The statistics of ``smooth`` metrics are differentiable in the weights.
+        """
         del store, context
         return {}
+
+    def point(self, store: PredictionStore, context: Context) -> Mapping[str, float]:
+        """Return target (for OOD metrics, scorer) to value, without intervals; empty where nothing is defined."""
+        ones = torch.ones((len(store), 1), dtype=torch.float64, device=store.ids.device)
+        return {target: float(made(ones)[0]) for target, made in self.statistics(store, context).items()}
+
+
+class GroupMetric(AnyMetric):
+    """A metric of the differences between the groups of one store."""
+
+    on = "groups"
+
+    @abstractmethod
+    def compute(
+        self, store: PredictionStore, codes: Tensor, levels: Sequence[str], context: Context
+    ) -> list[MetricValue]:
+        """Return the values.
+
+        Args:
+            store: Labelled predictions.
+            codes: int64 (N,) group of every sample, -1 for missing.
+            levels: Names of the groups.
+            context: Operating points and resampler.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class ConditionStore:
+    """Predictions under one condition.
+
+    Args:
+        key: Name of the condition.
+        shift: Name of the shift, the same at all its severities.
+        severity: In (0, 5].
+        amount: Physical amount at that severity; NaN without one.
+        unit: Unit of the amount.
+        store: Labelled predictions of the samples of the clean store.
+        kind: ``"corruption"``, ``"attack"`` ...
+        identity: Amount at severity 0, which may be infinite; NaN where unknown.
+    """
+
+    key: str
+    shift: str
+    severity: float
+    amount: float
+    unit: str
+    store: PredictionStore
+    kind: str = "corruption"
+    identity: float = math.nan
+
+
+@dataclass(frozen=True, eq=False)
+class Conditions:
+    """Clean predictions and those under every condition, shifts in order, severities ascending within each."""
+
+    clean: PredictionStore
+    shifted: tuple[ConditionStore, ...]
+
+    def by_shift(self) -> dict[str, list[ConditionStore]]:
+        """Return the conditions of every shift, severities ascending."""
+        out: dict[str, list[ConditionStore]] = {}
+        for item in sorted(self.shifted, key=lambda item: item.severity):
+            out.setdefault(item.shift, []).append(item)
+        return {shift: out[shift] for shift in dict.fromkeys(item.shift for item in self.shifted)}
+
+
+class ConditionMetric(AnyMetric):
+    """A metric of one model over several conditions."""
+
+    on = "conditions"
+
+    @abstractmethod
+    def compute(self, conditions: Conditions, context: Context) -> list[MetricValue]:
+        """Return the values; one a shift with ``shift`` set, or one for all of them."""

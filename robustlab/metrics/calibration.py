@@ -1,266 +1,439 @@
-"""Calibration: NLL, Brier, ECE with its expected value under perfect calibration, and the reliability curve."""
+"""Calibration: binned errors, each with its expected value under perfect calibration, and the test of it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as functional
-from scipy.stats import binom
 from torch import Tensor
 
 from robustlab.core.registry import METRICS
+from robustlab.core.rng import SampleRng
 
-from .base import Context, Direction, Metric, MetricValue, Statistic
-from .classification import labels_of
-from .stats import Bounds, IntervalKind, bootstrap, macro, proportion, ratio, rowwise
+from .base import Context, Direction, Statistic
+from .binned import Binned, Surrogate, absolute_factor, largest, unit_codes
+from .clinical_calibration import CalibrationIntercept, CalibrationSlope
+from .forecasts import (
+    BINS,
+    answer_forecasts,
+    bin_index,
+    binned_sums,
+    class_forecasts,
+    equal_mass_index,
+    forecasts,
+)
+from .proper_scores import (
+    Brier,
+    BrierDecomposition,
+    BrierReliability,
+    BrierResolution,
+    NegativeLogLikelihood,
+    brier_decomposition,
+    defined,
+    squared_influence,
+)
+from .reliability import Reliability, reliability
+from .smooth import Part, SmoothMetric
+from .smooth_calibration import CalibrationGrid, SmoothCalibrationError
 from .store import PredictionStore
 
-BINS = 15
-_EDGE = 1e-6  # float32 logits put a probability such as 3/10 this far beside its value
-_ROWS = 1 << 14
+__all__ = [
+    "Brier",
+    "BrierDecomposition",
+    "BrierReliability",
+    "BrierResolution",
+    "CalibrationGrid",
+    "CalibrationIntercept",
+    "CalibrationSlope",
+    "ClasswiseCalibrationError",
+    "DebiasedCalibrationError",
+    "EqualMassCalibrationError",
+    "ExcessCalibrationError",
+    "ExpectedCalibrationError",
+    "MaximumCalibrationError",
+    "NegativeLogLikelihood",
+    "NullCalibrationError",
+    "Reliability",
+    "SmoothCalibrationError",
+    "TopLabelCalibrationError",
+    "bin_index",
+    "brier_decomposition",
+    "calibration_test",
+    "reliability",
+]
+
+LEAST = 10  # forecasts of a bin that may decide the maximum error
+DRAWS = 1000
+
+Values = Callable[[Binned, Tensor], Tensor]
+Influences = Callable[[Binned], Tensor]
 
 
-@dataclass(frozen=True, eq=False)
-class Forecasts:
-    """Probabilities of one event and whether it happened.
-
-    Args:
-        p: float64 (N,), 0 in rows that do not enter.
-        happened: bool (N,).
-        entered: bool (N,), finite and annotated rows.
-    """
-
-    p: Tensor
-    happened: Tensor
-    entered: Tensor
+def _mean(items: Sequence[Binned], value: Values, influence: Influences) -> Statistic:
+    """Return the mean over classes or labels of a statistic of each."""
+    return Surrogate(
+        lambda weights: torch.stack([value(item, weights) for item in items]).mean(0),
+        lambda: torch.stack([influence(item) for item in items]).mean(0),
+    )
 
 
-def forecasts(store: PredictionStore) -> list[Forecasts]:
-    """Return what ECE looks at: the positive class of two, the answer's confidence of several, or every label.
-
-    Of answers without probabilities no row enters.
-    """
-    labels = labels_of(store)
-    finite = torch.zeros_like(store.finite) if store.answers_only else store.finite
-    if store.task == "multilabel":
-        made = [(p, y == 1, finite & (y >= 0)) for p, y in zip(store.probs.unbind(1), labels.unbind(1), strict=True)]
-    elif store.positive_class:
-        made = [(store.probs[:, 1], labels == 1, finite)]
-    else:
-        made = [(rowwise(store, lambda part: part.probs.amax(1)), store.predicted == labels, finite)]
-    return [Forecasts(torch.where(entered, p, 0), happened, entered) for p, happened, entered in made]
+def _error(item: Binned, weights: Tensor) -> Tensor:
+    """Return (b,): sum_m |D_m| / N."""
+    return binned_sums(weights, item.index, item.gap, item.bins).abs().sum(0) / (item.mass @ weights)
 
 
-def bin_index(p: Tensor, bins: int = BINS) -> Tensor:
-    """Return int64 indices of equal-width bins (a, b], with 0 in the first one; the only bin rule of the library.
-
-    A probability up to 1e-6 above an edge counts as on it, so that shares of votes (k / M), which float32 logits cannot
-    hold exactly, fall in one bin.
-
-    Args:
-        p: float64 probabilities.
-        bins: Number of bins.
-    """
-    return (torch.ceil((p - _EDGE) * bins).to(torch.int64) - 1).clamp(0, bins - 1)
+def _error_influence(item: Binned) -> Tensor:
+    factor = absolute_factor(item.sums, item.variance)
+    n = item.item.n
+    return (factor[item.index] * item.gap - item.mass * ((factor * item.sums).sum() / n)) / n
 
 
-def binned_sums(weights: Tensor, index: Tensor, values: Tensor, bins: int) -> Tensor:
-    """Return float64 (bins, b): the weighted sums of ``values`` (N,) in each bin, for weights (N, b).
-
-    A matrix product with the one-hot bins, a few rows at a time: deterministic on every device.
-    """
-    total = weights.new_zeros((bins, weights.shape[1]))
-    for start in range(0, len(index), _ROWS):
-        rows = slice(start, start + _ROWS)
-        table = values.new_zeros((bins, len(index[rows]))).scatter_(0, index[rows][None], values[rows][None])
-        total += table @ weights[rows]
-    return total
+def _null(item: Binned, weights: Tensor) -> Tensor:
+    """Return (b,): sum_m sqrt(2 V_m / pi) / N, V_m scaled to the number of samples that there are."""
+    spread = binned_sums(weights, item.index, item.item.p * (1 - item.item.p) * item.mass, item.bins)
+    count = item.item.n.to(torch.float64) * (item.mass @ weights)
+    return (2 / math.pi * item.design_effect * spread.clamp_min(0) / count).sqrt().sum(0)
 
 
-def _expected_error(item: Forecasts) -> Statistic:
-    index, mass = bin_index(item.p), item.entered.to(torch.float64)
-    gap = (item.p - item.happened.to(torch.float64)) * mass
-    return lambda weights: binned_sums(weights, index, gap, BINS).abs().sum(0) / (mass @ weights)
+def _null_influence(item: Binned) -> Tensor:
+    """Return what leaving a row out changes: in bins of few rows the root is far from linear."""
+    each = item.item.p * (1 - item.item.p) * item.mass
+    whole = item.binomial[item.index]
+    moved = (whole.sqrt() - (whole - each).clamp_min(0).sqrt()) * (2 / math.pi * item.design_effect).sqrt()
+    # the design effect was estimated too
+    effect = item.design_influence() * (item.null_error() / (2 * item.design_effect))
+    return (moved - item.mass * (moved.sum() / item.item.n)) / item.item.n + effect
 
 
-def _null_error(item: Forecasts) -> Statistic:
-    index, mass = bin_index(item.p), item.entered.to(torch.float64)
-    spread = item.p * (1 - item.p) * mass
-
-    def statistic(weights: Tensor) -> Tensor:
-        variance = binned_sums(weights, index, spread, BINS)
-        return math.sqrt(2 / math.pi) * variance.clamp_min(0).sqrt().sum(0) / (mass @ weights)
-
-    return statistic
-
-
-def _mean_loss(store: PredictionStore, losses: Tensor) -> Statistic | None:
-    """Return the mean loss (N,), or for multi-label (N, L) the mean over labels of the mean over annotated rows."""
-    entered = store.finite[:, None]
-    if store.task == "multilabel":
-        entered = entered & (labels_of(store) >= 0)
-    losses = losses if losses.ndim == 2 else losses[:, None]
-    used = entered.any(0)
-    if not bool(used.any()):
-        return None
-    return ratio(torch.where(entered, losses, 0)[:, used].T.contiguous(), entered[:, used].T.to(torch.float64))
-
-
-def _squared_error(store: PredictionStore) -> Tensor:
-    truth = functional.one_hot(labels_of(store), store.num_classes).to(torch.float64)
-    return (store.probs - truth).square().sum(1)
-
-
-def _undefined(weights: Tensor) -> Tensor:
-    return weights.new_full(weights.shape[1:], math.nan)
-
-
-class _Sampled(Metric):
-    """A calibration metric with one value and a bootstrap interval."""
+class _BinnedError(SmoothMetric):
+    """A mean over labels of an error over bins; the method text gives what a calibrated model would show."""
 
     direction: ClassVar[Direction] = "lower"
-    kind: ClassVar[IntervalKind] = "percentile"
-    bounds: ClassVar[Bounds] = (0.0, math.inf)
 
-    def compute(self, store: PredictionStore, context: Context) -> list[MetricValue]:
-        entered = store.finite
-        if store.task == "multilabel":
-            entered = entered & (labels_of(store) >= 0).any(1)
-        statistic = self.statistics(store, context).get("", _undefined)
-        estimate = bootstrap(store, statistic, context.resampler, entered, kind=self.kind, bounds=self.bounds)
-        return [MetricValue(self.name, estimate, self.direction)]
+    def binned(self, store: PredictionStore) -> list[Binned]:
+        """Return the forecasts of every label or class in their bins; empty where the metric does not apply."""
+        units = unit_codes(store.clusters)
+        return [Binned.equal_width(item, units) for item in forecasts(store)]
 
+    def value(self, item: Binned, weights: Tensor) -> Tensor:
+        """Return (b,), the error of one label."""
+        return _error(item, weights)
 
-@METRICS.register("nll")
-class NegativeLogLikelihood(_Sampled):
-    """Mean of -log p(label) in nats, from logits in float64; for multi-label the mean over labels."""
+    def plain(self, item: Binned) -> Tensor:
+        """Return (), the error of one label at weights of 1."""
+        return item.sums.abs().sum() / item.item.n
 
-    title = "NLL"
+    def influence(self, item: Binned) -> Tensor:
+        """Return (N,), its influence values."""
+        return _error_influence(item)
 
-    def statistics(self, store: PredictionStore, context: Context) -> Mapping[str, Statistic]:
-        labels = labels_of(store)
-        if store.task == "multilabel":
-            # log(1 - sigmoid(z)) = logsigmoid(-z)
-            losses = -functional.logsigmoid(torch.where(labels == 1, 1, -1) * store.logits.to(torch.float64))
-        else:
-            losses = rowwise(store, lambda part: -part.log_probs.gather(1, labels_of(part)[:, None])[:, 0])
-        statistic = _mean_loss(store, losses)
-        return {} if statistic is None else {"": statistic}
+    def note(self, items: Sequence[Binned]) -> str:
+        """Return what the method text says besides."""
+        null = float(torch.stack([item.null_error() for item in items]).mean())
+        return f"; expected {null:.3g} if perfectly calibrated"
 
-
-@METRICS.register("brier")
-class Brier(_Sampled):
-    """Mean of sum_k (p_k - y_k)^2, in [0, 2]; for multi-label the mean over labels of (p - y)^2, in [0, 1].
-
-    References:
-        Brier, Verification of forecasts expressed in terms of probability, 1950.
-    """
-
-    title = "Brier score"
+    def parts(self, store: PredictionStore, context: Context) -> Mapping[str, Part]:
+        items, used = self._used(store)
+        if not items:
+            return {}
+        entered = torch.stack([item.item.entered for item in items]).any(0)
+        if not used:
+            return {"": Part(None, entered)}
+        note = self.note(used) + (defined(len(used), store))
+        return {"": Part(_mean(used, self.value, self.influence), entered, note=note)}
 
     def statistics(self, store: PredictionStore, context: Context) -> Mapping[str, Statistic]:
-        labels = labels_of(store)
-        if store.task == "multilabel":
-            losses = (store.probs - (labels == 1).to(torch.float64)).square()
-        else:
-            losses = rowwise(store, _squared_error)
-        statistic = _mean_loss(store, losses)
-        return {} if statistic is None else {"": statistic}
+        _, used = self._used(store)
+        return {"": _mean(used, self.value, self.influence)} if used else {}
+
+    def point(self, store: PredictionStore, context: Context) -> Mapping[str, float]:
+        _, used = self._used(store)
+        return {"": float(torch.stack([self.plain(item) for item in used]).mean())} if used else {}
+
+    def _used(self, store: PredictionStore) -> tuple[list[Binned], list[Binned]]:
+        items = self.binned(store)
+        return items, [item for item in items if bool(item.item.entered.any())]
 
 
 @METRICS.register("ece")
-class ExpectedCalibrationError(_Sampled):
+class ExpectedCalibrationError(_BinnedError):
     """ECE over 15 equal-width bins: (1/N) sum_m |S_m - H_m| with S the sum of p and H the events in a bin.
 
     Of the positive class for two classes, of the answer's confidence for more, macro over labels for multi-label. The
-    interval is reflected about the estimate, because replicates carry the sampling bias twice.
+    interval covers the expected value of this estimate at this n, which lies above 0 for a calibrated model too
+    (``ece-null``).
 
     References:
         Guo et al., On calibration of modern neural networks, 2017, arXiv:1706.04599.
     """
 
+    default = True
     title = f"ECE ({BINS} bins)"
-    kind = "reflected"
-    bounds = (0.0, 1.0)
-
-    def statistics(self, store: PredictionStore, context: Context) -> Mapping[str, Statistic]:
-        parts = [_expected_error(item) for item in forecasts(store) if bool(item.entered.any())]
-        return {"": macro(parts)} if parts else {}
 
 
 @METRICS.register("ece-null")
-class NullCalibrationError(_Sampled):
-    """Expected ECE of a perfectly calibrated model with the same probabilities, for independent samples.
+class NullCalibrationError(_BinnedError):
+    """Expected ECE of a perfectly calibrated model with the same probabilities.
 
-    E0 = (1/N) sum_m sqrt(2/pi) sqrt(sum_{i in m} p_i (1 - p_i)), by the normal approximation in each bin.
+    E0 = (1/N) sum_m sqrt(2/pi) sqrt(V_m), V_m = sum_{i in m} p_i (1 - p_i), by the normal approximation in each bin.
+    Where samples are clustered, V_m is multiplied by the design effect of the gaps within bins.
     """
 
+    default = True
     title = "ECE if perfectly calibrated"
     direction = "none"
 
-    def statistics(self, store: PredictionStore, context: Context) -> Mapping[str, Statistic]:
-        parts = [_null_error(item) for item in forecasts(store) if bool(item.entered.any())]
-        return {"": macro(parts)} if parts else {}
+    def value(self, item: Binned, weights: Tensor) -> Tensor:
+        return _null(item, weights)
+
+    def plain(self, item: Binned) -> Tensor:
+        return item.null_error()
+
+    def influence(self, item: Binned) -> Tensor:
+        return _null_influence(item)
+
+    def note(self, items: Sequence[Binned]) -> str:
+        return "" if items[0].units is None else "; at the design effect of the clusters"
 
 
-@dataclass(frozen=True, eq=False)
-class Reliability:
-    """A reliability curve, one entry a bin, NaN in empty bins.
+@METRICS.register("ece-excess")
+class ExcessCalibrationError(_BinnedError):
+    """``ece`` minus ``ece-null``: about 0 for a calibrated model at any n.
 
-    Args:
-        mean_p: float64 (M,), mean probability.
-        frequency: float64 (M,), share of events.
-        n: int64 (M,), forecasts.
-        low: float64 (M,), lower Wilson end of the frequency (at the effective n of clustered samples).
-        high: float64 (M,), upper end.
-        band_low: float64 (M,), lower end of the frequencies expected under perfect calibration (binomial at mean p).
-        band_high: float64 (M,), upper end.
+    The interval covers the expected value of the difference; the method text gives the p-value of ``calibration_test``.
     """
 
-    mean_p: Tensor
-    frequency: Tensor
-    n: Tensor
-    low: Tensor
-    high: Tensor
-    band_low: Tensor
-    band_high: Tensor
+    title = "ECE above its null value"
+    bounds = (-math.inf, math.inf)
+
+    def value(self, item: Binned, weights: Tensor) -> Tensor:
+        return _error(item, weights) - _null(item, weights)
+
+    def plain(self, item: Binned) -> Tensor:
+        return super().plain(item) - item.null_error()
+
+    def influence(self, item: Binned) -> Tensor:
+        return _error_influence(item) - _null_influence(item)
+
+    def parts(self, store: PredictionStore, context: Context) -> Mapping[str, Part]:
+        made = dict(super().parts(store, context))
+        for target, part in made.items():
+            if part.statistic is not None:
+                note = f"; p = {calibration_test(store, context):.3g} of perfect calibration"
+                made[target] = Part(part.statistic, part.entered, note=part.note + note)
+        return made
+
+    def note(self, items: Sequence[Binned]) -> str:
+        return ""
 
 
-def reliability(store: PredictionStore, bins: int = BINS, *, confidence: float = 0.95) -> Reliability:
-    """Return the reliability curve of what ``ece`` looks at; multi-label pools the annotated decisions of all labels.
+@METRICS.register("ece-equal-mass")
+class EqualMassCalibrationError(_BinnedError):
+    """ECE over 15 bins of about equally many forecasts, of what ``ece`` looks at; equal probabilities are never parted.
+
+    The interval covers the expected value of this estimate at this n.
+
+    References:
+        Nguyen and O'Connor, Posterior calibration and exploratory analysis for natural language processing models,
+        2015, arXiv:1508.05154.
+    """
+
+    title = f"ECE ({BINS} equal-mass bins)"
+
+    def binned(self, store: PredictionStore) -> list[Binned]:
+        units = unit_codes(store.clusters)
+        return [Binned(item, equal_mass_index(item), BINS, units) for item in forecasts(store)]
+
+
+@METRICS.register("ece-classwise")
+class ClasswiseCalibrationError(_BinnedError):
+    """Mean over all classes of the ECE of (p_k, label is k), over 15 equal-width bins.
+
+    Classes without samples count: their probabilities should be near 0. The method text gives the mean weighted by
+    prevalence too, since the plain mean tends to 0 with many rare classes. Not for multi-label, where it is ``ece``.
+    The interval covers the expected value of this estimate at this n.
+
+    References:
+        Kull et al., Beyond temperature scaling, 2019, arXiv:1910.12656.
+    """
+
+    title = "Class-wise ECE"
+
+    def binned(self, store: PredictionStore) -> list[Binned]:
+        if store.task == "multilabel":
+            return []
+        units = unit_codes(store.clusters)
+        return [Binned.equal_width(item, units) for item in class_forecasts(store)]
+
+    def note(self, items: Sequence[Binned]) -> str:
+        errors = torch.stack([item.sums.abs().sum() / item.item.n for item in items])
+        share = torch.stack([(item.item.happened & item.item.entered).sum() / item.item.n for item in items])
+        return f"{super().note(items)}; {float(errors @ share.to(torch.float64)):.3g} weighted by prevalence"
+
+
+@METRICS.register("ece-top-label")
+class TopLabelCalibrationError(_BinnedError):
+    """ECE of the answer's confidence within each predicted class, weighted by the class's share of the answers.
+
+    Over 15 equal-width bins; not for multi-label. The interval covers the expected value of this estimate at this n.
+
+    References:
+        Gupta and Ramdas, Top-label calibration and multiclass-to-binary reductions, 2022, arXiv:2107.08353.
+    """
+
+    title = "Top-label ECE"
+
+    def binned(self, store: PredictionStore) -> list[Binned]:
+        if store.task == "multilabel":
+            return []
+        item = answer_forecasts(store)
+        index = store.predicted.clamp_min(0) * BINS + bin_index(item.p)
+        return [Binned(item, index, BINS * store.num_classes, unit_codes(store.clusters))]
+
+
+@METRICS.register("ece-debiased")
+class DebiasedCalibrationError(_BinnedError):
+    """Squared calibration error without its sampling bias: the square, which may be negative, is the value.
+
+    sum_m (n_m/N) [(mean p - a_m)^2 - a_m (1 - a_m) / (n_m - 1)], a_m the share of events, over 15 equal-width bins of
+    what ``ece`` looks at; no correction in bins of one. Its expectation is 0 for a calibrated model, of independent
+    samples. The method text gives the root, 0 for a negative square.
+
+    References:
+        Kumar, Liang and Ma, Verified uncertainty calibration, 2019, arXiv:1909.10155.
+    """
+
+    title = "Debiased squared calibration error"
+    bounds = (-math.inf, math.inf)
+
+    def value(self, item: Binned, weights: Tensor) -> Tensor:
+        mass = item.mass @ weights
+        scale = item.item.n / mass
+        happened = item.item.happened * item.mass
+        n, gap, events = (
+            binned_sums(weights, item.index, values, item.bins) * scale for values in (item.mass, item.gap, happened)
+        )
+        bias = torch.where(n > 1.5, events * (n - events) / (n - 1).clamp_min(0.5), 0.0)
+        return ((gap.square() - bias) / n.clamp_min(1e-300)).sum(0) / item.item.n
+
+    def plain(self, item: Binned) -> Tensor:
+        return self.value(item, torch.ones_like(item.mass)[:, None])[0]
+
+    def influence(self, item: Binned) -> Tensor:
+        return squared_influence(item)
+
+    def note(self, items: Sequence[Binned]) -> str:
+        square = float(torch.stack([self.plain(item) for item in items]).mean())
+        return f"; root {math.sqrt(max(square, 0)):.3g}; expected 0 if perfectly calibrated"
+
+
+@METRICS.register("mce")
+class MaximumCalibrationError(_BinnedError):
+    """Largest |mean p - share of events| over the equal-width bins that hold at least 10 forecasts.
+
+    Of what ``ece`` looks at, macro over labels for multi-label. The interval covers the expected value of this
+    estimate at this n, with bins taken as independent.
+    """
+
+    title = f"MCE ({BINS} bins, n >= {LEAST})"
+    none_left: ClassVar[str] = "below_min_count"
+
+    def parts(self, store: PredictionStore, context: Context) -> Mapping[str, Part]:
+        items = self.binned(store)
+        entered = torch.stack([item.item.entered for item in items]).any(0)
+        if bool(entered.any()) and not self._used(store)[1]:
+            return {"": Part(None, entered, self.none_left)}
+        return super().parts(store, context)
+
+    def _used(self, store: PredictionStore) -> tuple[list[Binned], list[Binned]]:
+        items = self.binned(store)
+        return items, [item for item in items if bool((item.counts >= LEAST).any())]
+
+    def value(self, item: Binned, weights: Tensor) -> Tensor:
+        count = binned_sums(weights, item.index, item.mass, item.bins)
+        gap = binned_sums(weights, item.index, item.gap, item.bins).abs() / count.clamp_min(1e-300)
+        enough = count * (item.item.n / (item.mass @ weights)) >= LEAST - 1e-6
+        found = torch.where(enough, gap, -1.0).amax(0)
+        return torch.where(found < 0, math.nan, found)
+
+    def plain(self, item: Binned) -> Tensor:
+        enough = item.counts >= LEAST
+        return (item.sums[enough].abs() / item.counts[enough]).amax()
+
+    def influence(self, item: Binned) -> Tensor:
+        enough = item.counts >= LEAST
+        size = item.counts.clamp_min(1)
+        mean = item.sums / size
+        top = torch.where(enough, mean.abs(), -1.0).argmax()
+        rest = torch.where(item.index == top, item.gap - mean[top] * item.mass, 0.0)
+        own = item.spread(item.gap - mean[item.index] * item.mass) / size.square()
+        _, spread = largest(mean[enough] * item.shrinkage.sqrt(), own[enough])
+        factor = torch.where(own[top] > 0, (spread / own[top].clamp_min(1e-300)).sqrt(), 1.0)
+        return torch.where(mean[top] < 0, -factor, factor) * rest / size[top]
+
+    def note(self, items: Sequence[Binned]) -> str:
+        nulls = []
+        for item in items:
+            enough = item.counts >= LEAST
+            spread = (item.null_variance / item.counts.clamp_min(1).square())[enough]
+            nulls.append(largest(torch.zeros_like(spread), spread)[0])
+        return f"; expected {float(torch.stack(nulls).mean()):.3g} if perfectly calibrated"
+
+
+def calibration_test(store: PredictionStore, context: Context) -> float:
+    """Return the p-value of perfect calibration: the share of 1000 simulated calibrated models with as large an ECE.
+
+    The sums of gaps in bins are drawn as normal numbers with the variances V_m = sum p (1 - p). Where a row holds
+    several labels or samples are clustered, they are drawn with the covariance of the sums over rows or clusters.
 
     Args:
         store: Labelled predictions.
-        bins: Number of equal-width bins.
-        confidence: Coverage of intervals and band, in (0, 1).
+        context: Its resampler's seed decides the draws.
 
-    References:
-        Bröcker and Smith, Increasing the reliability of reliability diagrams, 2007.
+    Returns:
+        (1 + number at least as large) / 1001; NaN where no row enters.
     """
-    made = forecasts(store)
-    units = torch.arange(len(store), device=store.ids.device) if store.clusters is None else store.clusters
-    p, happened, codes = (
-        torch.cat([values[item.entered] for item, values in zip(made, side, strict=True)])
-        for side in ([item.p for item in made], [item.happened for item in made], [units] * len(made))
-    )
-    clusters = None if store.clusters is None and len(made) == 1 else codes
-    index = bin_index(p, bins)
-    counts = torch.bincount(index, minlength=bins)
-    mean_p, frequency = (
-        binned_sums(torch.ones_like(p)[:, None], index, values, bins)[:, 0] / counts
-        for values in (p, happened.to(torch.float64))
-    )
-    ends = []
-    for m in range(bins):
-        rows = index == m
-        estimate = proportion(happened[rows], None if clusters is None else clusters[rows], confidence=confidence)
-        ends.append((estimate.low, estimate.high))
-    low, high = torch.tensor(ends, dtype=torch.float64).T
-    tails = ((1 - confidence) / 2, (1 + confidence) / 2)
-    size, centre = counts.cpu().numpy(), mean_p.cpu().numpy()
-    band = [torch.from_numpy(binom.ppf(tail, size, centre) / size.clip(1)) for tail in tails]
-    return Reliability(mean_p.cpu(), frequency.cpu(), counts.cpu(), low, high, band[0], band[1])
+    units = unit_codes(store.clusters)
+    items = [Binned.equal_width(item, units) for item in forecasts(store)]
+    used = [item for item in items if bool(item.item.entered.any())]
+    if not used:
+        return math.nan
+    scale = torch.cat([(1 / (len(used) * item.item.n)).expand(item.bins) for item in used])
+    observed = float((torch.cat([item.sums for item in used]).abs() * scale).sum())
+    ids = torch.arange(DRAWS, device=store.ids.device)
+    normal = SampleRng.make(context.resampler.seed, "calibration test", ids).normal("gaps", (len(scale),))
+    drawn = normal.to(torch.float64) @ _null_root(used)
+    null = (drawn.abs() * scale).sum(1)
+    # rounding must not hide a tie
+    return (1 + int((null >= observed * (1 - 1e-12)).sum())) / (DRAWS + 1)
+
+
+def _null_root(items: Sequence[Binned]) -> Tensor:
+    """Return a square root R (B, B) of the covariance R^T R of the sums of gaps of calibrated models, all bins."""
+    variance = torch.cat([item.binomial for item in items])
+    if len(items) == 1 and items[0].units is None:
+        return torch.diag(variance.sqrt())
+    units = items[0].units
+    codes = torch.arange(len(items[0].gap), device=variance.device) if units is None else units
+    total = variance.new_zeros((len(variance), len(variance)))
+    count, step = int(codes.max()) + 1, max(1, (1 << 22) // len(variance))
+    order = torch.argsort(codes, stable=True)
+    ends = torch.searchsorted(codes[order], torch.arange(0, count + step, step, device=codes.device)).tolist()
+    for block, (start, stop) in enumerate(pairwise(ends)):
+        rows = order[start:stop]
+        sums = total.new_zeros((step, len(variance)))
+        at = 0
+        for item in items:
+            sums.index_put_((codes[rows] - block * step, at + item.index[rows]), item.gap[rows], accumulate=True)
+            at += item.bins
+        total += sums.T @ sums
+    if units is None:
+        # independent rows: the variances are known, the correlations between labels are those that were seen
+        change = torch.where(total.diagonal() > 0, (variance / total.diagonal().clamp_min(1e-300)).sqrt(), 0.0)
+        total = total * change[:, None] * change
+    values, vectors = torch.linalg.eigh(total)
+    root: Tensor = values.clamp_min(0).sqrt()[:, None] * vectors.T
+    return root

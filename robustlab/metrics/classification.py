@@ -1,4 +1,4 @@
-"""Discrimination: accuracy, balanced accuracy, sensitivity and specificity at frozen thresholds, AUROC."""
+"""Discrimination of decisions: accuracy, balanced accuracy, sensitivity, specificity and predictive values."""
 
 from __future__ import annotations
 
@@ -10,105 +10,35 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from robustlab.core.errors import ConfigError
+from robustlab.core.errors import ConfigError, RangeError
 from robustlab.core.registry import METRICS
 
-from .base import Context, Estimate, Frozen, Metric, MetricValue, Statistic
-from .stats import (
-    bootstrap,
-    macro,
-    proportion,
-    rank_probability,
-    ratio,
-    replicate,
-    rowwise,
-    stack,
-    summarise,
-    unit_count,
-    wilson,
-)
+from .agreement import Table
+from .base import Context, Estimate, Metric, MetricValue, Statistic
+from .ranking import Auroc, pair_bounds
+from .stats import linear_estimate, proportion, ratio, unit_count
 from .store import PredictionStore
+from .thresholds import Calls, calls, decide_labels, fit_thresholds, labels_of
+
+__all__ = [
+    "Accuracy",
+    "Auroc",
+    "BalancedAccuracy",
+    "NegativePredictiveValue",
+    "PositivePredictiveValue",
+    "Sensitivity",
+    "Specificity",
+    "Top3Accuracy",
+    "Top5Accuracy",
+    "decide_labels",
+    "fit_thresholds",
+    "labels_of",
+    "pair_bounds",
+    "ppv_at_prevalence",
+]
 
 _ROWS = 1 << 14
-
-
-def labels_of(store: PredictionStore) -> Tensor:
-    """Return the labels.
-
-    Raises:
-        ConfigError: The store has none.
-    """
-    if store.labels is None:
-        raise ConfigError("metrics", "labelled predictions", "a store without labels", "Use the OOD metrics instead.")
-    return store.labels
-
-
-def fit_thresholds(store: PredictionStore) -> Tensor:
-    """Return the thresholds on the positive probability with the largest Youden index.
-
-    A case is positive at or above its threshold, which lies midway between adjacent observed probabilities (below the
-    lowest one: midway to 0). Counts are compared as integers; of equal optima the lowest threshold, which has the
-    higher sensitivity, is taken.
-
-    Args:
-        store: Clean, labelled validation predictions.
-
-    Returns:
-        float64 (1,) for two classes, (L,) for multi-label, (0,) for more classes and for answers without
-        probabilities; NaN for a label without both classes.
-
-    References:
-        Youden, Index for rating diagnostic tests, 1950.
-    """
-    labels = labels_of(store)
-    if store.task != "multilabel":
-        columns = [(store.probs[:, 1], labels)] if store.positive_class and not store.answers_only else []
-    else:
-        columns = list(zip(store.probs.unbind(1), labels.unbind(1), strict=True))
-    thresholds = [_youden(p[known], y[known]) for p, y in columns for known in [store.finite & (y >= 0)]]
-    return torch.tensor(thresholds, dtype=torch.float64, device=store.logits.device)
-
-
-def _youden(scores: Tensor, truth: Tensor) -> float:
-    levels, inverse = torch.unique(scores, return_inverse=True)
-    positives, negatives = (torch.bincount(inverse[truth == wanted], minlength=len(levels)) for wanted in (1, 0))
-    p, n = int(positives.sum()), int(negatives.sum())
-    if p == 0 or n == 0:
-        return math.nan
-    # true and false positives at or above each level
-    hits, alarms = (counts.flip(0).cumsum(0).flip(0) for counts in (positives, negatives))
-    index = hits * n - alarms * p
-    best = int((index == index.max()).nonzero()[0])
-    below = float(levels[best - 1]) if best else 0.0
-    return (below + float(levels[best])) / 2
-
-
-@dataclass(frozen=True, eq=False)
-class Decisions:
-    """Multi-label decisions.
-
-    Args:
-        correct: bool (N, L); false for rows that are not finite.
-        annotated: bool (N, L).
-        rule: Text for the method column.
-    """
-
-    correct: Tensor
-    annotated: Tensor
-    rule: str
-
-
-def decide_labels(store: PredictionStore, frozen: Frozen) -> Decisions:
-    """Decide every label at its frozen threshold, at 0.5 where there is none."""
-    labels = labels_of(store)
-    if frozen.thresholds is None:
-        thresholds, rule = store.probs.new_full((store.num_classes,), 0.5), "at 0.5"
-    else:
-        missing = torch.isnan(frozen.thresholds)
-        thresholds = torch.where(missing, 0.5, frozen.thresholds)
-        rule = "at frozen thresholds" + (f", 0.5 for {int(missing.sum())} labels" if bool(missing.any()) else "")
-    correct = (store.probs >= thresholds) == (labels == 1)
-    return Decisions(correct & store.finite[:, None], labels >= 0, rule)
+_CELLS = 1 << 15  # numbers that stay in a core's cache, and that torch leaves to one thread: waiting costs more
 
 
 def _unit_codes(store: PredictionStore, repeat: int) -> Tensor:
@@ -119,10 +49,16 @@ def _unit_codes(store: PredictionStore, repeat: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Rate:
-    """A share of hits among some rows: a recall, a specificity."""
+    """A share of hits among some rows: a recall, a specificity, a predictive value."""
 
     hits: Tensor
     rows: Tensor
+
+    @property
+    def value(self) -> float:
+        """The share; NaN without rows."""
+        total = int(self.rows.sum())
+        return int((self.hits & self.rows).sum()) / total if total else math.nan
 
     def statistic(self) -> Statistic:
         rows = self.rows.to(torch.float64)[None]
@@ -139,6 +75,7 @@ class _Rate:
 class Accuracy(Metric):
     """Share of right answers; for multi-label the share of right decisions on annotated labels."""
 
+    default = True
     title = "Accuracy"
     from_answers = True
 
@@ -162,11 +99,80 @@ class Accuracy(Metric):
         right = (made.correct & made.annotated).sum(1, dtype=torch.float64)
         return {"": ratio(right[None], made.annotated.sum(1, dtype=torch.float64)[None])}
 
+    def point(self, store: PredictionStore, context: Context) -> Mapping[str, float]:
+        if store.task == "multilabel":
+            made = decide_labels(store, context.frozen)
+            return {"": _Rate(made.correct, made.annotated).value}
+        right = int((store.predicted == labels_of(store)).sum())
+        return {"": right / len(store) if len(store) else math.nan}
+
+
+class _TopAccuracy(Metric):
+    """Share of samples whose class is among the most probable few."""
+
+    most: ClassVar[int]
+
+    def _hits(self, store: PredictionStore) -> Tensor | None:
+        """Return bool (N,), or None where every answer would be a hit."""
+        labels = labels_of(store)
+        if store.task == "multilabel" or store.num_classes <= self.most:
+            return None
+        out = torch.empty_like(store.finite)
+        classes = torch.arange(store.num_classes, device=labels.device)[:, None]
+        small = torch.uint8 if store.num_classes < 256 else torch.int64
+        step = max(1, _CELLS // store.num_classes)
+        for start in range(0, len(store), step):
+            rows = slice(start, start + step)
+            # classes first, so that the count over them runs along contiguous rows
+            z, y = store.logits[rows].T.contiguous(), labels[rows][None]
+            own = z.gather(0, y)
+            ahead = (z > own) | ((z == own) & (classes < y))
+            out[rows] = ahead.sum(0, dtype=small) < self.most
+        return out & store.finite
+
+    def compute(self, store: PredictionStore, context: Context) -> list[MetricValue]:
+        hits = self._hits(store)
+        if hits is None:
+            return []
+        estimate = proportion(hits, store.clusters, confidence=context.resampler.confidence)
+        return [MetricValue(self.name, estimate, self.direction)]
+
+    def statistics(self, store: PredictionStore, context: Context) -> Mapping[str, Statistic]:
+        hits = self._hits(store)
+        return {} if hits is None else {"": _Rate(hits, torch.ones_like(hits)).statistic()}
+
+    def point(self, store: PredictionStore, context: Context) -> Mapping[str, float]:
+        hits = self._hits(store)
+        return {} if hits is None else {"": int(hits.sum()) / len(hits) if len(hits) else math.nan}
+
+
+@METRICS.register("top-3-accuracy")
+class Top3Accuracy(_TopAccuracy):
+    """Share of samples whose class is among the three most probable, first index at ties as for the answer itself.
+
+    For more than three classes; rows that are not finite are errors.
+    """
+
+    title = "Top-3 accuracy"
+    most = 3
+
+
+@METRICS.register("top-5-accuracy")
+class Top5Accuracy(_TopAccuracy):
+    """Share of samples whose class is among the five most probable, first index at ties as for the answer itself.
+
+    For more than five classes; rows that are not finite are errors.
+    """
+
+    title = "Top-5 accuracy"
+    most = 5
+
 
 @METRICS.register("balanced-accuracy")
 class BalancedAccuracy(Metric):
     """Mean recall over the classes that occur; for multi-label the macro mean over labels that have both classes."""
 
+    default = True
     title = "Balanced accuracy"
     from_answers = True
 
@@ -190,20 +196,24 @@ class BalancedAccuracy(Metric):
             reason = "no_samples" if len(store) == 0 else "single_class"
             return [MetricValue(self.name, Estimate.undefined(reason), self.direction)]
         parts = [rate.estimate(store, context, "") for rate in rates]
+        note += _defined(len(rates) // 2 if store.task == "multilabel" else len(rates), store)
         value = sum(part.value for part in parts) / len(parts)
         entered = torch.stack([rate.rows for rate in rates]).any(0)
         n, units = int(entered.sum()), unit_count(store.clusters, entered)
         if store.task != "multilabel" and store.clusters is None:
             low, high = _mover(parts)
-            estimate = Estimate(value, low, high, n, units, "wilson a class, combined by MOVER")
+            estimate = Estimate(value, low, high, n, units, f"wilson a class, combined by MOVER{note}")
         elif value in (0.0, 1.0):
-            # every replicate would be 0 or 1 too; the rates hang together, so their bounds are averaged, not pooled
+            # no sample moves the value; the rates hang together, so their bounds are averaged, not pooled
             low, high = (sum(ends) / len(parts) for ends in ([p.low for p in parts], [p.high for p in parts]))
             estimate = Estimate(value, low, high, n, units, f"mean of wilson bounds{note}")
         else:
-            estimate = bootstrap(store, _mean_rate(rates), context.resampler, entered)
-            estimate = replace(estimate, method=f"{estimate.method}{note}")
-            if estimate.low == estimate.high:  # one answer to everything: no replicate differs, though the rates do
+            confidence = context.resampler.confidence
+            statistic = _mean_rate(rates)
+            estimate = linear_estimate(
+                store, statistic, entered, confidence=confidence, bounds=(0.0, 1.0), note=note, reason="single_class"
+            )
+            if estimate.reason == "no_variance":  # one answer to everything: no weight moves it, though the rates vary
                 low, high = _mover(parts)
                 estimate = Estimate(value, low, high, n, units, f"wilson a class, combined by MOVER{note}")
         return [MetricValue(self.name, estimate, self.direction)]
@@ -211,6 +221,18 @@ class BalancedAccuracy(Metric):
     def statistics(self, store: PredictionStore, context: Context) -> Mapping[str, Statistic]:
         rates, _ = self._rates(store, context)
         return {"": _mean_rate(rates)} if rates else {}
+
+    def point(self, store: PredictionStore, context: Context) -> Mapping[str, float]:
+        if store.task == "multilabel":
+            rates = [rate.value for rate in self._rates(store, context)[0]]
+            return {"": sum(rates) / len(rates)} if rates else {}
+        counts = Table(labels_of(store), store.predicted, store.num_classes).counts()
+        recalls = (counts.hits / counts.truth)[counts.truth > 0]
+        return {"": float(recalls.mean())} if len(recalls) else {}
+
+
+def _defined(count: int, store: PredictionStore) -> str:
+    return "" if count == store.num_classes else f"; mean of {count} of {store.num_classes} defined"
 
 
 def _mean_rate(rates: Sequence[_Rate]) -> Statistic:
@@ -241,39 +263,22 @@ def _mover(parts: Sequence[Estimate]) -> tuple[float, float]:
 
 
 class _ConditionalRate(Metric):
-    """Share of right answers among the rows that are, or are not, of a class."""
+    """A share among some rows of each class or label."""
 
     from_answers = True
-    wanted: ClassVar[bool]
     empty: ClassVar[str]
+
+    def _rate(self, made: Calls) -> _Rate:
+        raise NotImplementedError
 
     def _rates(self, store: PredictionStore, context: Context) -> Iterator[tuple[str, _Rate, str, str]]:
         """Yield (target, rate, reason if it has no rows or no threshold, method note)."""
-        labels = labels_of(store)
-        if store.task != "multilabel" and (store.answers_only or not store.positive_class):
-            for index in (1,) if store.positive_class else range(store.num_classes):
-                rows = (labels == index) == self.wanted
-                # an answer that is not finite is an error in both rates
-                hits = ((store.predicted == index) == self.wanted) & store.finite
-                target, note = ("", "; of the answers given") if store.positive_class else (context.target(index), "")
-                yield target, _Rate(hits, rows), self.empty, note
-            return
-        columns = (
-            [(store.probs[:, 1], labels)]
-            if store.positive_class
-            else list(zip(store.probs.unbind(1), labels.unbind(1), strict=True))
-        )
-        for index, (p, y) in enumerate(columns):
-            target = "" if store.positive_class else context.target(index)
-            rows = y == int(self.wanted)
-            thresholds = context.frozen.thresholds
-            threshold = math.nan if thresholds is None else float(thresholds[index])
-            if math.isnan(threshold):
-                reason = "no_val" if thresholds is None else "val_single_class"
-                yield target, _Rate(rows, torch.zeros_like(rows)), reason, ""
-                continue
-            hits = ((p >= threshold) == self.wanted) & store.finite
-            yield target, _Rate(hits, rows), self.empty, f"; threshold {threshold:.4g} frozen on val"
+        for made in calls(store, context):
+            if made.reason:
+                nothing = torch.zeros_like(made.positive)
+                yield made.target, _Rate(nothing, nothing), made.reason, ""
+            else:
+                yield made.target, self._rate(made), self.empty, made.note
 
     def compute(self, store: PredictionStore, context: Context) -> list[MetricValue]:
         return [
@@ -285,6 +290,10 @@ class _ConditionalRate(Metric):
         rates = self._rates(store, context)
         return {target: rate.statistic() for target, rate, _, _ in rates if bool(rate.rows.any())}
 
+    def point(self, store: PredictionStore, context: Context) -> Mapping[str, float]:
+        rates = self._rates(store, context)
+        return {target: rate.value for target, rate, _, _ in rates if bool(rate.rows.any())}
+
 
 @METRICS.register("sensitivity")
 class Sensitivity(_ConditionalRate):
@@ -293,9 +302,12 @@ class Sensitivity(_ConditionalRate):
     For answers without probabilities the answer given decides, and no validation data are needed.
     """
 
+    default = True
     title = "Sensitivity"
-    wanted = True
     empty = "no_positives"
+
+    def _rate(self, made: Calls) -> _Rate:
+        return _Rate(made.called, made.positive)
 
 
 @METRICS.register("specificity")
@@ -305,114 +317,89 @@ class Specificity(_ConditionalRate):
     For answers without probabilities the answer given decides, and no validation data are needed.
     """
 
+    default = True
     title = "Specificity"
-    wanted = False
     empty = "no_negatives"
 
-
-@dataclass(frozen=True, eq=False)
-class _Ranking:
-    """One class or label against the rest: rows of the positives, and of the negatives by ascending score."""
-
-    index: int
-    positives: Tensor
-    negatives: Tensor
-    statistic: Statistic
-
-    @staticmethod
-    def make(index: int, scores: Tensor, positive: Tensor, negative: Tensor) -> _Ranking | None:
-        """Return None where a side is empty."""
-        positives, negatives = positive.nonzero()[:, 0], negative.nonzero()[:, 0]
-        if len(positives) == 0 or len(negatives) == 0:
-            return None
-        negatives = negatives[torch.argsort(scores[negatives], stable=True)]
-        area = rank_probability(scores[positives], scores[negatives])
-        return _Ranking(index, positives, negatives, lambda w: area(w[positives], w[negatives]))
+    def _rate(self, made: Calls) -> _Rate:
+        return _Rate(made.cleared, made.negative)
 
 
-def _rankings(store: PredictionStore) -> tuple[list[_Ranking], Tensor]:
-    """Return the defined rankings and bool (N,), the rows that enter any of them."""
-    labels, odds = labels_of(store), rowwise(store, lambda part: part.log_odds)
-    finite = torch.zeros_like(store.finite) if store.answers_only else store.finite
-    if store.task == "multilabel":
-        made = [
-            _Ranking.make(i, odds[:, i], finite & (labels[:, i] == 1), finite & (labels[:, i] == 0))
-            for i in range(store.num_classes)
-        ]
-        entered = finite & (labels >= 0).any(1)
-    else:
-        classes = (1,) if store.positive_class else range(store.num_classes)
-        made = [_Ranking.make(i, odds[:, i], finite & (labels == i), finite & (labels != i)) for i in classes]
-        entered = finite
-    return [ranking for ranking in made if ranking is not None], entered
+@METRICS.register("ppv")
+class PositivePredictiveValue(_ConditionalRate):
+    """Share of cases called positive that are, at the prevalence of the data; decisions as for sensitivity.
 
-
-def pair_bounds(value: float, first: int, second: int, confidence: float) -> tuple[float, float]:
-    """Return the interval of a rank probability that is exactly 0 or 1, where no replicate can vary.
-
-    min(first, second) disjoint, independent pairs of one unit from each side all agree, so Wilson holds for that many
-    trials. Conservative: the other pairs are not used.
-    """
-    pairs = min(first, second)
-    return wilson(value * pairs, pairs, confidence=confidence)
-
-
-@METRICS.register("auroc")
-class Auroc(Metric):
-    """Area under the ROC curve with ties counted half; macro one-vs-rest over classes, macro over labels.
-
-    Rows are ranked by log-odds from the logits, so saturated probabilities make no ties. Classes or labels without both
-    sides are left out of the mean.
-
-    References:
-        Hanley and McNeil, The meaning and use of the area under a ROC curve, 1982.
+    Rows that are not finite are called neither and leave it; ``ppv_at_prevalence`` gives it at another prevalence.
     """
 
-    title = "AUROC"
+    title = "PPV"
+    empty = "none_called_positive"
 
-    def compute(self, store: PredictionStore, context: Context) -> list[MetricValue]:
-        rankings, entered = _rankings(store)
+    def _rate(self, made: Calls) -> _Rate:
+        return _Rate(made.positive, made.called & (made.positive | made.negative))
+
+
+@METRICS.register("npv")
+class NegativePredictiveValue(_ConditionalRate):
+    """Share of cases called negative that are, at the prevalence of the data; decisions as for sensitivity.
+
+    Rows that are not finite are called neither and leave it.
+    """
+
+    title = "NPV"
+    empty = "none_called_negative"
+
+    def _rate(self, made: Calls) -> _Rate:
+        return _Rate(made.negative, made.cleared & (made.positive | made.negative))
+
+
+def ppv_at_prevalence(store: PredictionStore, context: Context, prevalence: float, target: str = "") -> Estimate:
+    """Return the positive predictive value where a share ``prevalence`` of the cases is positive.
+
+    PPV = s q / (s q + (1 - c)(1 - q)) with the sensitivity s and specificity c of the data and the prevalence q. The
+    interval is the influence-value one of its logit; where no sample moves it (c = 1 or s = 0), it spans the Wilson
+    ends of both rates.
+
+    Args:
+        store: Labelled predictions.
+        context: Frozen thresholds and confidence level.
+        prevalence: In (0, 1).
+        target: Class or label; empty for the positive class of two.
+
+    Raises:
+        RangeError: The prevalence is not in (0, 1).
+        ConfigError: No such class or label.
+    """
+    if not 0 < prevalence < 1:
+        raise RangeError("ppv_at_prevalence", "prevalence in (0, 1)", f"{prevalence}", "Give a share, such as 0.05.")
+    found = {made.target: made for made in calls(store, context)}
+    if target not in found:
+        have = ", ".join(map(repr, found))
+        raise ConfigError("ppv_at_prevalence", f"target= one of {have}", repr(target), "Name the class or label.")
+    made = found[target]
+    entered = made.positive | made.negative
+    reason = made.reason or ("" if bool(made.positive.any()) else "no_positives")
+    reason = reason or ("" if bool(made.negative.any()) else "no_negatives")
+    if reason:
         n, units = int(entered.sum()), unit_count(store.clusters, entered)
-        per_label = store.task == "multilabel"
-        if not rankings:
-            reason = "no_samples" if n == 0 else "single_class"
-            return [MetricValue(self.name, Estimate.undefined(reason, n=n, n_units=units), self.direction)]
-        points, values = replicate(store, stack([item.statistic for item in rankings]), context.resampler)
-        parts = []
-        for row, item in enumerate(rankings):
-            used = torch.zeros_like(entered)
-            used[item.positives] = used[item.negatives] = True
-            estimate = summarise(store, values[row], float(points[row]), context.resampler, used)
-            parts.append(_off_the_edge(store, context, estimate, item))
-        overall = summarise(store, values.mean(0), float(points.mean()), context.resampler, entered)
-        if overall.value in (0.0, 1.0):
-            ends = (sum(p.low for p in parts) / len(parts), sum(p.high for p in parts) / len(parts))
-            overall = replace(overall, low=ends[0], high=ends[1], method=parts[0].method, reason="")
-        if len(parts) < (1 if store.positive_class else store.num_classes):
-            overall = replace(overall, method=f"{overall.method}; mean of {len(parts)} of {store.num_classes} defined")
-        result = [MetricValue(self.name, overall, self.direction)]
-        if per_label:
-            by_index = {item.index: part for item, part in zip(rankings, parts, strict=True)}
-            missing = Estimate.undefined("single_class", n=n, n_units=units)
-            for index in range(store.num_classes):
-                estimate = by_index.get(index, missing)
-                result.append(MetricValue(self.name, estimate, self.direction, context.target(index)))
-        return result
+        return Estimate.undefined(reason if n else "no_samples", n=n, n_units=units)
+    hits, clear = _Rate(made.called, made.positive), _Rate(made.cleared, made.negative)
+    sensitivity, specificity = hits.statistic(), clear.statistic()
 
-    def statistics(self, store: PredictionStore, context: Context) -> Mapping[str, Statistic]:
-        rankings, _ = _rankings(store)
-        if not rankings:
-            return {}
-        parts = {context.target(item.index): item.statistic for item in rankings} if store.task == "multilabel" else {}
-        return {"": macro([item.statistic for item in rankings]), **parts}
+    def statistic(weights: Tensor) -> Tensor:
+        true = sensitivity(weights) * prevalence
+        return true / (true + (1 - specificity(weights)) * (1 - prevalence))
 
-
-def _off_the_edge(store: PredictionStore, context: Context, estimate: Estimate, item: _Ranking) -> Estimate:
-    if estimate.value not in (0.0, 1.0):
+    note = f"; at prevalence {prevalence:g}{made.note}"
+    confidence = context.resampler.confidence
+    estimate = linear_estimate(
+        store, statistic, entered, confidence=confidence, bounds=(0.0, 1.0), reason="none_called_positive", note=note
+    )
+    if estimate.reason != "no_variance":
         return estimate
-    sides = [
-        len(rows) if store.clusters is None else len(torch.unique(store.clusters[rows]))
-        for rows in (item.positives, item.negatives)
-    ]
-    low, high = pair_bounds(estimate.value, sides[0], sides[1], context.resampler.confidence)
-    return replace(estimate, low=low, high=high, method="wilson on disjoint pairs", reason="")
+    rates = [rate.estimate(store, context, "") for rate in (hits, clear)]
+    low, high = (
+        s * prevalence / (s * prevalence + (1 - c) * (1 - prevalence)) if s > 0 else 0.0
+        for s, c in ((rates[0].low, rates[1].low), (rates[0].high, rates[1].high))
+    )
+    return replace(estimate, low=low, high=high, method=f"wilson ends of both rates{note}", reason="")

@@ -25,7 +25,19 @@ def confidence(store: PredictionStore) -> Tensor:
     """
     if store.task == "multilabel":
         return rowwise(store, lambda part: part.log_odds.abs().amin(1))
-    return rowwise(store, lambda part: part.log_odds.amax(1))
+    if store.num_classes < 3 or store.answers_only:
+        return rowwise(store, lambda part: part.log_odds.amax(1))
+    return rowwise(store, _answer_odds)
+
+
+def _answer_odds(store: PredictionStore) -> Tensor:
+    """Return float64 (N,) log-odds of the largest of several logits; the odds of the others are not needed."""
+    logits = store.logits.to(torch.float64)
+    top, answer = logits.max(1, keepdim=True)
+    others = logits.scatter(1, answer, -torch.inf)
+    second = others.amax(1, keepdim=True)
+    odds = (top - second)[:, 0] - others.sub_(second).exp_().sum(1).log_()
+    return torch.where(store.finite, odds, math.nan)
 
 
 def _scores(store: PredictionStore, detector: str) -> Tensor:
@@ -98,7 +110,7 @@ def referred(store: PredictionStore, frozen: Frozen) -> Tensor:
     return out
 
 
-def _wrong(store: PredictionStore, frozen: Frozen) -> tuple[Tensor, Tensor]:
+def wrong_answers(store: PredictionStore, frozen: Frozen) -> tuple[Tensor, Tensor]:
     """Return (wrong, entered), both bool (N,): for multi-label any annotated label, where there is one."""
     if store.task != "multilabel":
         return store.predicted != labels_of(store), torch.ones_like(store.finite)
@@ -125,11 +137,12 @@ class SilentFailureRate(Metric):
     annotated label at its frozen threshold for multi-label. Rows that are not finite count as referred.
     """
 
+    default = True
     title = "Silent-failure rate"
     direction = "lower"
 
     def _events(self, store: PredictionStore, context: Context) -> tuple[Tensor, Tensor, int]:
-        wrong, entered = _wrong(store, context.frozen)
+        wrong, entered = wrong_answers(store, context.frozen)
         failed, stands = _per_unit(store, wrong & ~referred(store, context.frozen), entered)
         return failed, stands, int(entered.sum())
 
@@ -155,6 +168,7 @@ class SilentFailureRate(Metric):
 class ReferredShare(Metric):
     """Share of images that are passed on to a person; rows that are not finite count as referred."""
 
+    default = True
     title = "Referred share"
     direction = "none"
 

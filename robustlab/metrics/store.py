@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -13,6 +13,8 @@ from torch import Tensor
 from robustlab.core.errors import ConfigError, ShapeError
 from robustlab.core.rng import hashed
 from robustlab.core.types import Task
+
+_CELLS = 10 << 13  # float64 numbers that stay in a core's cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +81,9 @@ class PredictionStore:
     @cached_property
     def finite(self) -> Tensor:
         """bool (N,): every output of the row is finite."""
+        # a sum is finite only if all that is summed is, and costs a tenth; large outputs may overflow it
+        if self.logits.is_floating_point() and bool(torch.isfinite(self.logits.sum(1)).all()):
+            return torch.ones(len(self), dtype=torch.bool, device=self.logits.device)
         return torch.isfinite(self.logits).all(1)
 
     @property
@@ -117,8 +122,37 @@ class PredictionStore:
     @cached_property
     def predicted(self) -> Tensor:
         """int64 (N,) most probable class, first index at ties; -1 for rows that are not finite. Not for multi-label."""
-        answer = torch.nan_to_num(self.logits, nan=-torch.inf).argmax(1)
-        return torch.where(self.finite, answer, -1)
+        return self._answers(confidence=False)[0]
+
+    @cached_property
+    def answers(self) -> tuple[Tensor, Tensor]:
+        """``predicted`` and the float64 (N,) probability of that class, made in one pass without the others.
+
+        The probability is NaN in rows that are not finite, and for answers only. Not for multi-label.
+        """
+        return self._answers(confidence=not self.answers_only)
+
+    def _answers(self, *, confidence: bool) -> tuple[Tensor, Tensor]:
+        count, classes = self.logits.shape
+        device = self.logits.device
+        answer = torch.empty(count, dtype=torch.int64, device=device)
+        sure = torch.full((count,), torch.nan, dtype=torch.float64, device=device)
+        # one byte holds the rank of a class from the end, the first class of equal ones having the largest
+        size = torch.uint8 if classes < 256 else torch.int32
+        ranks = torch.arange(classes, 0, -1, device=device).to(size)[:, None]
+        step = max(1, _CELLS // max(classes, 1))
+        for start in range(0, count, step):
+            rows = slice(start, start + step)
+            # classes first: what runs over classes then runs along contiguous rows
+            z = self.logits[rows].T.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+            top = z.amax(0)
+            answer[rows] = classes - (torch.eq(z, top).to(size) * ranks).amax(0).to(torch.int64)
+            if confidence:
+                sure[rows] = z.sub_(top).exp_().sum(0).reciprocal_()
+        if not bool(self.finite.all()):
+            answer.masked_fill_(~self.finite, -1)
+            sure.masked_fill_(~self.finite, torch.nan)
+        return answer, sure
 
     def select(self, rows: Tensor) -> PredictionStore:
         """Return the samples at ``rows`` (bool (N,) or int64 (M,))."""
@@ -134,3 +168,53 @@ class PredictionStore:
             pseudonyms=self.pseudonyms,
             answers_only=self.answers_only,
         )
+
+    @staticmethod
+    def concatenate(stores: Sequence[PredictionStore]) -> PredictionStore:
+        """Return the samples of several stores, one after the other: parts of one data set, such as shards.
+
+        Codes of groups and clusters must mean the same in all of them. A reason for missing scores is kept where every
+        store gives one.
+
+        Raises:
+            ConfigError: The stores are not alike, or there is none.
+        """
+        if not stores:
+            raise ConfigError("PredictionStore.concatenate", "at least one store", "none", "Pass the parts.")
+        first = stores[0]
+        for other in stores[1:]:
+            if other._kind() != first._kind():
+                raise ConfigError(
+                    "PredictionStore.concatenate",
+                    f"stores like the first one, {first._kind()}",
+                    f"{other._kind()}",
+                    "Join only parts of one data set, predicted by one model.",
+                )
+        labels = [store.labels for store in stores if store.labels is not None]
+        clusters = [store.clusters for store in stores if store.clusters is not None]
+        reasons = [name for name in first.score_reasons if all(name in store.score_reasons for store in stores)]
+        return PredictionStore(
+            ids=torch.cat([store.ids for store in stores]),
+            logits=torch.cat([store.logits for store in stores]),
+            labels=torch.cat(labels) if labels else None,
+            task=first.task,
+            scores={name: torch.cat([store.scores[name] for store in stores]) for name in first.scores},
+            score_reasons={name: first.score_reasons[name] for name in reasons},
+            groups={name: torch.cat([store.groups[name] for store in stores]) for name in first.groups},
+            clusters=torch.cat(clusters) if clusters else None,
+            pseudonyms=first.pseudonyms,
+            answers_only=first.answers_only,
+        )
+
+    def _kind(self) -> dict[str, object]:
+        """Return what stores must share to be joined."""
+        return {
+            "task": self.task,
+            "classes": self.num_classes,
+            "labels": self.labels is not None,
+            "scores": sorted(self.scores),
+            "groups": sorted(self.groups),
+            "clusters": self.clusters is not None,
+            "pseudonyms": self.pseudonyms,
+            "answers only": self.answers_only,
+        }

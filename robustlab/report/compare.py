@@ -11,8 +11,8 @@ import torch
 
 from robustlab.core.errors import ConfigError, KindError, UnknownNameError
 from robustlab.core.registry import METRICS
-from robustlab.metrics.base import Context, Estimate, Frozen
-from robustlab.metrics.stats import Resampler, decide, paired_difference
+from robustlab.metrics.base import Context, Frozen
+from robustlab.metrics.stats import Resampler, compare_metric
 from robustlab.metrics.store import PredictionStore
 
 from . import words
@@ -42,6 +42,8 @@ class ComparisonRow:
         verdict: ``"better"`` or ``"worse"`` (the second against the first), or words that begin with ``"no decision"``.
         method: How the interval was made.
         reason: Why something is undefined; empty otherwise.
+        units_to_decide: Independent units that would show a difference of the observed size with 80 % power; infinite
+            where it is 0, NaN without an interval.
     """
 
     condition: str
@@ -55,6 +57,7 @@ class ComparisonRow:
     verdict: str
     method: str
     reason: str
+    units_to_decide: float
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ class Comparison:
             if math.isnan(row.difference):
                 number = f"{words.DASH} ({words.reason(row.reason)})"
             verdict = row.verdict if row.verdict in ("better", "worse") else f"{row.verdict} at n = {row.n:,}"
+            if verdict != row.verdict and math.isfinite(row.units_to_decide):
+                verdict += f"; about {row.units_to_decide:,.0f} would decide a difference of this size"
             lines.append(f"  {row.condition[:45]:<46}{number:<34}n={row.n:<8,}{verdict}")
         if self.missing:
             lines.append(f"Not compared, because only one report has predictions: {words.listed(list(self.missing))}.")
@@ -146,10 +151,8 @@ def _worst(a: Report, b: Report, rows: tuple[ComparisonRow, ...], metric: str, t
 def _row(
     key: str, a: PredictionStore, b: PredictionStore, metric: str, target: str, contexts: tuple[Context, Context]
 ) -> ComparisonRow:
-    estimate: Estimate = paired_difference(a, b, metric, contexts[0], context_b=contexts[1], target=target)
-    verdict: str = decide(estimate.low, estimate.high, METRICS.get(metric).direction)
-    if _identical(a, b):
-        verdict = IDENTICAL
+    made = compare_metric(a, b, metric, contexts[0], context_b=contexts[1], target=target)
+    estimate, verdict = made.difference, IDENTICAL if _identical(a, b) else str(made.decision)
     return ComparisonRow(
         key,
         metric,
@@ -162,6 +165,7 @@ def _row(
         verdict,
         estimate.method,
         estimate.reason,
+        made.units_to_decide,
     )
 
 

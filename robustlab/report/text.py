@@ -26,6 +26,7 @@ def _blocks(report: Report) -> Iterable[list[str]]:
     yield list(_silent(report, verdict))
     yield list(_headline(report))
     yield list(_worst(report))
+    yield list(_over(report))
     yield list(_truth(report))
     doubts = [line for sentence in views.doubts(report) for line in _wrap(sentence, "- ")]
     yield ["The doctor doubts the set-up, and with it every number here", *doubts] if doubts else []
@@ -52,11 +53,11 @@ def _silent(report: Report, verdict: views.Verdict) -> Iterable[str]:
 
 
 def _headline(report: Report) -> Iterable[str]:
-    lines = views.headline(report)
-    if lines:
-        yield "Clean data (95 % interval)"
-    for line in lines:
-        yield f"  {line.title[:37]:<38}{words.estimate(line.clean):<32}  n={line.clean.n:,}"
+    for title, lines in (("Clean data", views.headline(report)), ("Further metrics", views.further(report))):
+        if lines:
+            yield f"{title} (95 % interval)"
+        for line in lines:
+            yield f"  {line.title[:37]:<38}{words.estimate(line.clean):<32}  n={line.clean.n:,}"
 
 
 def _worst(report: Report) -> Iterable[str]:
@@ -67,6 +68,14 @@ def _worst(report: Report) -> Iterable[str]:
         low, high = words.points(item.drop.low), words.points(item.drop.high)
         change = f"{words.points(item.drop.value)} ({low} to {high})"
         yield f"  {item.condition.label[:45]:<46}{change:<22}n={item.drop.n:<8,}{item.word}"
+
+
+def _over(report: Report) -> Iterable[str]:
+    for item in views.over_conditions(report):
+        yield f"{words.title(item.metric)} (95 % interval)"
+        for row in item.rows:
+            name = f"{row.shift} ({row.target})" if row.target else row.shift
+            yield f"  {name[:45]:<46}{words.measured(row):<40}  n={row.n:,}"
 
 
 def _truth(report: Report) -> Iterable[str]:

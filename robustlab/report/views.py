@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
@@ -14,11 +14,12 @@ from . import words
 from .report import Report
 from .rows import Row
 
+APART = ("silent-failure-rate", "referred-share")  # shown elsewhere on the page
 HEADLINE = ("accuracy", "balanced-accuracy", "sensitivity", "specificity", "auroc", "brier", "nll", "ece", "ece-null")
-GROUP_METRICS = ("accuracy", "sensitivity", "specificity", "silent-failure-rate")
-OOD_METRICS = ("auroc-ood", "fpr95-ood-pos", "fpr95-id-pos")
+ID_VS = "ID vs "
 WORST = ("worst", "worst plausible")
 _MOST_TARGETS = 4
+_MOST_HEADLINES = 10
 
 Index = Mapping[tuple[str, str, float, str], list[Row]]
 
@@ -103,29 +104,11 @@ class OodLine:
 
 
 @dataclass(frozen=True)
-class Gap:
-    """Difference between the best and the worst level of a group column for one metric."""
+class Over:
+    """A metric of several conditions: one row a shift, or one for all of them."""
 
     metric: str
-    best: str
-    worst: str
-    value: float
-    low: float
-    high: float
-
-    @property
-    def word(self) -> str:
-        """Whether the interval leaves out zero."""
-        return "gap" if self.low > 0 else "no decision"
-
-
-@dataclass(frozen=True)
-class GroupTable:
-    """One group column: level name to metric to row, and the gap of each metric."""
-
-    column: str
-    levels: Mapping[str, Mapping[str, Row]]
-    gaps: tuple[Gap, ...]
+    rows: tuple[Row, ...]
 
 
 @dataclass(frozen=True)
@@ -199,7 +182,7 @@ def conditions(report: Report) -> dict[str, Condition]:
         )
     seen = {(condition.shift, round(condition.severity, 6)) for condition in found.values()}
     for row in report.rows:
-        if row.shift in WORST or row.metric in OOD_METRICS:
+        if row.shift in WORST or is_ood(row) or is_over(row):
             continue
         key = "clean" if row.shift == "clean" else f"{row.shift}@{row.severity:g}"
         place = (row.shift, round(row.severity, 6))
@@ -243,11 +226,29 @@ def verdict(report: Report) -> Verdict:
 
 
 def headline(report: Report) -> list[HeadlineRow]:
-    """Return the metrics on clean data, each beside its value under the worst plausible condition."""
+    """Return the metrics on clean data for the first page: the well-known ones, and others while there is room."""
+    first, others = _on_clean(report, HEADLINE), _on_clean(report, _others(report))
+    return first + others[: max(0, _MOST_HEADLINES - len(first))]
+
+
+def further(report: Report) -> list[HeadlineRow]:
+    """Return the metrics on clean data that ``headline`` has no room for."""
+    lines = _on_clean(report, (*HEADLINE, *_others(report)))
+    return lines[len(headline(report)) :]
+
+
+def _others(report: Report) -> list[str]:
+    shown = (*HEADLINE, *APART)
+    rows = (row for row in report.rows if row.shift == "clean" and not row.group and not is_ood(row))
+    return list(dict.fromkeys(row.metric for row in rows if row.metric not in shown))
+
+
+def _on_clean(report: Report, metrics: Sequence[str]) -> list[HeadlineRow]:
+    """Return metrics on clean data, each beside its value under the worst plausible condition."""
     table, known = index(report.rows), conditions(report)
     bad = worst_plausible(table, known)
     lines = []
-    for metric in HEADLINE:
+    for metric in metrics:
         rows = table.get((metric, "clean", 0.0, ""), [])
         rows = [row for row in rows if not row.target] or rows
         more = len(rows) - _MOST_TARGETS
@@ -311,23 +312,36 @@ def ood(report: Report) -> list[OodLine]:
     """Return detector results on the OOD sets, in the order of the rows."""
     found: dict[tuple[str, str], dict[str, Row]] = {}
     for row in report.rows:
-        if row.metric in OOD_METRICS and not row.group:
+        if is_ood(row):
             name = row.data.split(" vs ", 1)[-1]
             found.setdefault((name, row.scorer), {})[row.metric] = row
     return [OodLine(name, scorer, rows) for (name, scorer), rows in found.items()]
 
 
-def groups(report: Report) -> list[GroupTable]:
-    """Return the group columns on clean data with the gap between the best and the worst level."""
-    columns: dict[str, dict[str, dict[str, Row]]] = {}
+def ood_metrics(report: Report) -> list[str]:
+    """Return the OOD metrics that were computed, AUROC first."""
+    names = dict.fromkeys(row.metric for row in report.rows if is_ood(row))
+    return sorted(names, key=lambda name: name != "auroc-ood")
+
+
+def is_ood(row: Row) -> bool:
+    """Return whether a row is about a set that is out of distribution."""
+    return row.data.startswith(ID_VS)
+
+
+def over_conditions(report: Report) -> list[Over]:
+    """Return the metrics of several conditions, failure thresholds first."""
+    found: dict[str, list[Row]] = {}
     for row in report.rows:
-        if row.group and row.shift == "clean" and row.metric in GROUP_METRICS and not row.target:
-            column, _, level = row.group.partition("=")
-            columns.setdefault(column, {}).setdefault(level, {}).setdefault(row.metric, row)
-    return [
-        GroupTable(column, levels, tuple(gap for m in GROUP_METRICS if (gap := _gap(m, levels)) is not None))
-        for column, levels in columns.items()
-    ]
+        if is_over(row):
+            found.setdefault(row.metric, []).append(row)
+    names = sorted(found, key=lambda name: name != "failure-threshold")
+    return [Over(name, tuple(found[name])) for name in names]
+
+
+def is_over(row: Row) -> bool:
+    """Return whether a row sums up several severities."""
+    return row.severity == 0 and row.shift != "clean" and row.shift not in WORST
 
 
 def claims(report: Report) -> list[Claim]:
@@ -376,31 +390,6 @@ def doubts(report: Report) -> list[str]:
 def not_tested(report: Report) -> list[str]:
     """Return what was not tested, as sentences."""
     return [str(sentence) for sentence in report.manifest.get("not_tested") or []]
-
-
-def _gap(metric: str, levels: Mapping[str, Mapping[str, Row]]) -> Gap | None:
-    """Return best minus worst with Newcombe's interval for independent groups, widened for having been picked.
-
-    The interval is ``d - sqrt((x - x_low)^2 + (y_high - y)^2)`` to ``d + sqrt((x_high - x)^2 + (y - y_low)^2)``, its
-    sides scaled by z(1 - 0.025 / pairs) / z(0.975) for the number of pairs of levels.
-
-    References:
-        R. Newcombe (1998), Interval estimation for the difference between independent proportions, method 10.
-    """
-    rows = {level: row for level, found in levels.items() if defined(row := found.get(metric)) and row is not None}
-    if len(rows) < 2:
-        return None
-    ordered = sorted(rows, key=lambda level: rows[level].value)
-    if next(iter(rows.values())).direction == "lower":
-        ordered.reverse()
-    best, worst = ordered[-1], ordered[0]
-    high, low = sorted((rows[best], rows[worst]), key=lambda row: -row.value)
-    pairs = len(rows) * (len(rows) - 1) / 2
-    scale = NormalDist().inv_cdf(1 - 0.025 / pairs) / NormalDist().inv_cdf(0.975)
-    value = high.value - low.value
-    down = scale * math.hypot(high.value - high.low, low.high - low.value)
-    up = scale * math.hypot(high.high - high.value, low.value - low.low)
-    return Gap(metric, best, worst, value, value - down, min(value + up, 1.0))
 
 
 def _silent_sentence(report: Report, clean: Row | None, worst: Row | None, condition: Condition | None) -> str:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from robustlab.core.registry import METRICS
+
 from .rows import Row
 
 DASH = "\N{EN DASH}"
@@ -28,8 +30,12 @@ _TITLES = {
     "fpr95-id-pos": "FPR at 95 % of ID kept",
 }
 SHARES = frozenset(
-    {"accuracy", "balanced-accuracy", "sensitivity", "specificity", "referred-share", "accuracy-drop"}
-    | {"fpr95-ood-pos", "fpr95-id-pos"}
+    {"accuracy", "balanced-accuracy", "sensitivity", "specificity", "ppv", "npv", "top-3-accuracy", "top-5-accuracy"}
+    | {"sensitivity-at-95-specificity", "referred-share", "coverage-at-risk", "risk-at-coverage"}
+    | {"accuracy-drop", "worst-condition", "all-conditions-accuracy", "flip-rate", "severity-area"}
+    | {"mean-corruption-error", "mean-corruption-error-balanced"}
+    | {"mean-corruption-error-relative", "mean-corruption-error-relative-balanced"}
+    | {"accuracy-gap", "worst-group-accuracy", "fpr95-ood-pos", "fpr95-id-pos", "detection-error"}
 )
 PER_THOUSAND = frozenset({"silent-failure-rate"})
 _REASONS = {
@@ -43,7 +49,8 @@ _REASONS = {
 
 def title(metric: str) -> str:
     """Return a metric's name for people."""
-    return _TITLES.get(metric) or metric.replace("-", " ").capitalize()
+    known = METRICS.get(metric).title if metric in METRICS else ""
+    return _TITLES.get(metric) or known or metric.replace("-", " ").capitalize()
 
 
 def number(metric: str, value: float) -> str:
@@ -72,6 +79,17 @@ def estimate(row: Row) -> str:
     if math.isnan(row.low) or math.isnan(row.high):
         return f"{number(row.metric, row.value)} (no interval: {reason(row.reason)})"
     return f"{number(row.metric, row.value)} ({interval(row.metric, row.low, row.high)})"
+
+
+def measured(row: Row) -> str:
+    """Return "38 photons (30 to 45)" for a number with a unit of its own, else as ``estimate``."""
+    if not row.unit:
+        return estimate(row)
+    low, high = (DASH if math.isnan(end) else f"{end:.3g}" for end in (row.low, row.high))
+    if math.isnan(row.value):
+        return f"{DASH} ({reason(row.reason)})"
+    ends = "" if DASH in (low, high) else f" ({low} to {high})"
+    return _minus(f"{row.value:.3g} {row.unit}{ends}")
 
 
 def points(value: float) -> str:

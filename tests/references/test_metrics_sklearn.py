@@ -24,7 +24,8 @@ def values(
     logits: np.ndarray, labels: np.ndarray, task: str, frozen: Frozen | None = None
 ) -> dict[tuple[str, str], float]:
     store = PredictionStore(torch.arange(len(logits)), torch.from_numpy(logits), torch.from_numpy(labels).long(), task)
-    made = compute(store, Context(Resampler(replicates=2), frozen or Frozen()))
+    names = ["accuracy", "balanced-accuracy", "sensitivity", "specificity", "auroc", "nll", "brier"]
+    made = compute(store, Context(Resampler(replicates=2), frozen or Frozen()), names)
     return {(value.metric, value.target): value.estimate.value for value in made}
 
 

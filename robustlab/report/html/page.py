@@ -14,7 +14,7 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from robustlab.report import views, words
+from robustlab.report import group_views, views, words
 from robustlab.report.rows import Row
 
 from . import svg
@@ -91,6 +91,7 @@ def _context(report: Report) -> dict[str, Any]:
         "verdict": verdict,
         "most": _most(verdict),
         "headline": views.headline(report),
+        "further": views.further(report),
         "bad": bad,
         "doubts": views.doubts(report),
         "not_tested": views.not_tested(report),
@@ -104,7 +105,9 @@ def _context(report: Report) -> dict[str, Any]:
         "reliability": _reliability(report, bad),
         "ood": views.ood(report),
         "histograms": _histograms(report),
-        "groups": views.groups(report),
+        "groups": group_views.groups(report),
+        "over": views.over_conditions(report),
+        "ood_metrics": views.ood_metrics(report),
         "truth": views.claims(report),
         "compared": views.compared(report),
         "defenses": _defenses(report, table),

@@ -26,7 +26,7 @@ from robustlab.evaluate.saved import (
     unparsed_sentences,
     val_condition,
 )
-from robustlab.evaluate.score import Subject, condition_rows, ood_rows, worst_rows
+from robustlab.evaluate.score import Subject, condition_rows, ood_rows, summary_rows, worst_rows
 from robustlab.metrics import Context, Resampler, fit_frozen
 
 COUNT = 60
@@ -115,7 +115,8 @@ def score(plan, stores, val, foreign, source):
             subject, condition, stores[condition.key], stores["clean"], context, None, source, ("site",)
         )
     rows += worst_rows(subject, plan.conditions[1:], stores, context, "worst")
-    return rows + ood_rows(subject, "far", foreign, stores["clean"], context)
+    rows += summary_rows(subject, plan.conditions[1:], stores, context, None)
+    return rows + ood_rows(subject, "far", foreign, stores["clean"], context, None)
 
 
 def saved_rows(saved, world):
@@ -195,12 +196,12 @@ def test_answers_alone_give_accuracy_and_reasons(tmp_path, world):
     classes = len(world.data.info.class_names)
     words = [f" {NAMES[int(row[2].argmax())].upper()}" for row in table]
     rows = saved_rows(load_predictions(save(tmp_path / "a.jsonl", table, "label", words)), world)
-    follow = {"accuracy", "balanced-accuracy", "accuracy-drop"} | (
+    follow = {"accuracy", "balanced-accuracy", "accuracy-drop", "failure-threshold"} | (
         {"sensitivity", "specificity"} if classes > 2 else set()
     )
     same([r for r in world.rows() if r.metric in follow], [r for r in rows if r.metric in follow])
     rest = [row for row in rows if row.metric not in follow | {"sensitivity", "specificity"}]
-    assert {"auroc", "nll", "ece", "silent-failure-rate", "auroc-ood"} <= {row.metric for row in rest}
+    assert {"auroc", "brier", "ece", "silent-failure-rate", "auroc-ood"} <= {row.metric for row in rest}
     assert {row.reason for row in rest} == {"answers_only"}
     assert all(math.isnan(row.value) for row in rest)
     if classes == 2:

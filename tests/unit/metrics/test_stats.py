@@ -5,28 +5,32 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from scipy.stats import norm, poisson
+from scipy.stats import binom, norm, poisson
 
 from robustlab.core.errors import ConfigError, LabelError, RangeError
 from robustlab.metrics import (
     Context,
     Estimate,
     PredictionStore,
-    Proportion,
     Resampler,
     compute,
     condition_verdict,
     decide,
-    effective_count,
     fit_frozen,
-    interval,
     paired_difference,
-    proportion,
     wilson,
-    worst_of,
 )
 from robustlab.metrics.resample import WeightCache, _poisson_steps
-from robustlab.metrics.stats import bootstrap, ratio
+from robustlab.metrics.stats import (
+    Proportion,
+    bootstrap,
+    effective_count,
+    interval,
+    jeffreys,
+    proportion,
+    ratio,
+    worst_of,
+)
 
 
 def weights_of(resampler: Resampler, units: torch.Tensor) -> torch.Tensor:
@@ -245,8 +249,24 @@ def test_worst_of_picks_by_direction_and_names_the_correction() -> None:
     assert worst_of(items, direction="higher")[0] == "a"
     key, estimate = worst_of(items, direction="lower")
     assert key == "b"
-    assert estimate.method == "wilson, Bonferroni over 3 conditions"
-    assert (estimate.low, estimate.high) == wilson(9, 10, alpha_divisor=3)
+    assert estimate.method == "jeffreys, Bonferroni over 3 conditions"
+    assert (estimate.low, estimate.high) == jeffreys(9, 10, confidence=1 - 0.05 / 3)
+    alone = worst_of(items[:1], direction="higher")[1]
+    assert (alone.low, alone.high) == pytest.approx(wilson(5, 10), abs=1e-15)
+
+
+@pytest.mark.parametrize("share", [0.8, 0.85, 0.95])
+def test_worst_of_many_equal_conditions_errs_as_often_as_it_says(share: float) -> None:
+    """Exact, from the binomial; the Wilson interval at alpha / 30 would err up to 8 % of the time at its upper end."""
+    n, count = 60, 30
+    items = [Proportion(str(i), n, n) for i in range(count - 1)]
+    ends = [worst_of([Proportion("worst", k, n), *items], direction="higher")[1].high for k in range(n + 1)]
+    missed = sum(float(binom.pmf(k, n, share)) for k, high in enumerate(ends) if high < share)
+    assert 0.01 < 1 - (1 - missed) ** count < 0.035
+    wilson_missed = sum(
+        float(binom.pmf(k, n, share)) for k in range(n + 1) if wilson(k, n, alpha_divisor=count)[1] < share
+    )
+    assert 1 - (1 - wilson_missed) ** count > 0.05
     with pytest.raises(ConfigError, match="at least one condition"):
         worst_of([], direction="higher")
 

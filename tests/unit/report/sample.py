@@ -113,7 +113,7 @@ def _ood_rows(stores, clean):
         for scorer in ("msp", "energy"):
             inside, outside = clean.scores[scorer].numpy(), store.scores[scorer].numpy()
             auroc = float((outside[:, None] > inside[None]).mean())
-            place = {"data": f"{DATA} vs {name}", "scorer": scorer, "method": "bootstrap", "n": N + len(store)}
+            place = {"data": f"ID vs {name}", "scorer": scorer, "method": "bootstrap", "n": N + len(store)}
             yield _row("auroc-ood", auroc, auroc - 0.02, min(auroc + 0.02, 1.0), **place)
             caught = float((inside >= np.quantile(outside, 0.05)).mean())
             kept = float((outside <= np.quantile(inside, 0.95)).mean())

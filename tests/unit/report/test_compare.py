@@ -40,6 +40,17 @@ def test_a_clearly_better_model_is_better_and_the_other_way_round_worse(plain, b
     assert forth["poisson-noise@3"].difference == pytest.approx(-back["poisson-noise@3"].difference)
 
 
+def test_no_decision_says_how_many_would_decide(plain):
+    close = _few(sample_report(skill=0.004))
+    found = compare(plain, close)
+    row = next(row for row in found.rows if row.verdict == "no decision" and row.difference != 0)
+    spread = (row.high - row.low) / (2 * 1.959964)
+    assert row.units_to_decide == pytest.approx(624 * ((1.959964 + 0.841621) * spread / row.difference) ** 2, abs=1)
+    told = f"no decision at n = 624; about {row.units_to_decide:,.0f} would decide a difference of this size"
+    assert told in found.summary()
+    assert found.to_frame()["units_to_decide"].notna().all()
+
+
 def test_lower_is_better_for_a_loss(plain, better):
     row = compare(plain, better, metric="nll").rows[1]
     assert row.difference < 0

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from robustlab.report import Report, views, words
+from robustlab.report import Report, group_views, views, words
 from tests.unit.report.sample import N, sample_report
 
 
@@ -85,7 +85,7 @@ def test_gap_interval_is_newcombes(report):
     """Method 10 on 56/70 against 48/80: 0.0524 to 0.3339 (Newcombe 1998, table II)."""
     first = replace(report.value("accuracy", group="sex=F"), value=56 / 70, low=0.691798, high=0.876991, n=70)
     second = replace(report.value("accuracy", group="sex=M"), value=48 / 80, low=0.490447, high=0.700341, n=80)
-    (table,) = views.groups(Report((first, second), {}))
+    (table,) = group_views.groups(Report((first, second), {}))
     (gap,) = table.gaps
     assert (gap.best, gap.worst, gap.word) == ("F", "M", "gap")
     assert gap.low == pytest.approx(0.0524, abs=5e-4)
@@ -95,15 +95,15 @@ def test_gap_interval_is_newcombes(report):
 def test_gap_of_three_levels_is_wider_than_of_two(report):
     rows = [report.value("accuracy", group=f"site={name}") for name in ("north", "centre", "south")]
     ends = sorted(rows, key=lambda row: row.value)
-    two = views.groups(Report((ends[0], ends[2]), {}))[0].gaps[0]
-    three = views.groups(Report(tuple(rows), {}))[0].gaps[0]
+    two = group_views.groups(Report((ends[0], ends[2]), {}))[0].gaps[0]
+    three = group_views.groups(Report(tuple(rows), {}))[0].gaps[0]
     assert three.value == two.value
     assert three.low < two.low
     assert three.word == "no decision"
 
 
 def test_gap_of_a_rate_where_lower_is_better_names_the_lower_one_best(report):
-    gap = next(g for g in views.groups(report)[0].gaps if g.metric == "silent-failure-rate")
+    gap = next(g for g in group_views.groups(report)[0].gaps if g.metric == "silent-failure-rate")
     rows = {level: report.value("silent-failure-rate", group=f"sex={level}").value for level in ("F", "M")}
     assert gap.best == min(rows, key=rows.get)
     assert gap.value == pytest.approx(abs(rows["F"] - rows["M"]))
