@@ -1,5 +1,8 @@
 """Tone and colour in physical mode: bytes against floats, closed forms, white and grey."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +17,7 @@ from robustlab.core.shift import ShiftContext, from_bytes, luma, to_bytes
 from robustlab.core.types import Batch
 
 KINDS = (ContrastLoss, ContrastGain, Gamma, Brightness, Saturation, StainShift)
+DATA = Path(__file__).resolve().parents[3] / ".." / "shared" / "data"
 SIZES = [(1, 1), (9, 14), (28, 28), (65, 33)]
 
 
@@ -120,6 +124,42 @@ def test_stains_at_identity_parameters_change_no_byte():
     steps = torch.arange(0, 256, 5, dtype=torch.uint8)
     colours = torch.stack(torch.meshgrid(steps, steps, steps, indexing="ij")).flatten(1)[None, :, :, None]
     assert torch.equal(StainShift.at(alpha=1.0, beta=0.0)(colours), colours)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data is absent")
+def test_empty_glass_of_a_real_slide_takes_up_no_stain():
+    image = np.load(DATA / "oral_he_400x_96.npz")["test_images"][210]
+    corner = np.zeros((96, 96), dtype=bool)
+    corner[65:, :40] = True  # mostly blank, of a greenish lamp
+    blank = torch.from_numpy(corner & (np.abs(image.astype(int) - [188, 224, 214]).max(-1) <= 16))
+    assert blank.sum() > 1000
+    pixels = torch.from_numpy(image).permute(2, 0, 1).repeat(16, 1, 1, 1)
+    moved = (StainShift()(pixels, 5, ids=torch.arange(16)).int() - pixels.int()).abs()
+    assert moved[:, :, blank].max() <= 2
+    assert moved[:, :, ~torch.from_numpy(corner)].float().mean((1, 2)).min() > 5
+
+
+def slide(tissue, blank):
+    """Return 64 images, the lower tenth of which is blank slide, with a little noise."""
+    pixels = torch.tensor(tissue).view(1, 3, 1, 1).repeat(64, 1, 40, 40)
+    pixels[:, :, 36:] = torch.tensor(blank).view(3, 1, 1)
+    return (pixels + torch.randint(-3, 4, pixels.shape, generator=torch.Generator().manual_seed(3))).to(torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("blank", "stays"),
+    [((150, 190, 230), True), ((70, 80, 66), True), ((235, 200, 235), False), ((40, 45, 40), False)],
+)
+def test_the_lamp_may_have_any_colour_but_that_of_stains(blank, stays):
+    pixels = slide([level * 2 // 5 for level in blank], blank)
+    moved = (StainShift()(pixels, 5, ids=torch.arange(64)).int() - pixels.int()).abs()
+    assert (moved[:, :, 36:].max() <= 1) == stays
+    assert moved[:, :, :36].float().mean((1, 2, 3)).min() > 0.05 * max(blank)
+    for severity in (0.4, 3.0):
+        assert torch.equal(
+            StainShift()(pixels, severity, ids=torch.arange(64)),
+            by_floats(StainShift(), pixels, severity, torch.arange(64)),
+        )
 
 
 def test_saturation_is_for_colour_images():
