@@ -92,7 +92,7 @@ def _mirrored(index: Tensor, size: int) -> Tensor:
     return torch.minimum(index, 2 * size - 1 - index)
 
 
-def moved_boxes(boxes: tuple[Tensor, ...], shift: Tensor) -> tuple[Tensor, ...]:
+def moved_boxes(boxes: tuple[Tensor, ...], shift: Tensor, affine: Tensor | None = None) -> tuple[Tensor, ...]:
     """Return the bounding boxes, cut at the image, of where ``warp`` takes the outlines of boxes.
 
     A point q of the old image appears where p + shift(p) = q; this is found by iterating p = q - shift(p).
@@ -100,6 +100,7 @@ def moved_boxes(boxes: tuple[Tensor, ...], shift: Tensor) -> tuple[Tensor, ...]:
     Args:
         boxes: One (K, 4) tensor of (x0, y0, x1, y1) per sample, in pixels from the upper left corner of the image.
         shift: float32 (N, 2, H, W), vertical and horizontal, in pixels, without folds.
+        affine: float32 (N, 2, 3), where (x, y) goes before that; None: it stays.
     """
     height, width = shift.shape[2:]
     every = torch.cat(boxes).to(torch.float32)
@@ -112,6 +113,9 @@ def moved_boxes(boxes: tuple[Tensor, ...], shift: Tensor) -> tuple[Tensor, ...]:
     across, along = torch.cat((steps, steps, *ends)), torch.cat((*ends, steps, steps))
     low, high = every[:, None, :2], every[:, None, 2:]
     outline = low + (high - low) * torch.stack((across, along), dim=1)
+    if affine is not None:
+        maps = affine.repeat_interleave(counts, dim=0)
+        outline = (maps[:, None, :, :2] * outline[:, :, None]).sum(3) + maps[:, None, :, 2]
     scale = torch.tensor([2 / width, 2 / height], device=shift.device)
     point = outline
     for _ in range(_ROUNDS):

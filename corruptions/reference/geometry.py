@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,11 +15,13 @@ from torch import Tensor
 
 from corruptions._bytes import blocks
 from corruptions._checks import check_levels
+from corruptions.geometry import moved_boxes
 from robustlab.core.corruption import Draws
 from robustlab.core.levels import Levels
 from robustlab.core.registry import CORRUPTIONS
 from robustlab.core.rng import SampleRng
 from robustlab.core.shift import from_bytes
+from robustlab.core.types import Batch
 
 from ._scipy import continued, gaussian, scipy_kernel
 from .base import Reference
@@ -201,14 +204,51 @@ def elastic_transform(pixels: Tensor, jitter: Tensor | None, dx: Tensor, dy: Ten
     return displaced(images, dx, dy).clamp_(0, 1).mul_(255).to(torch.uint8)
 
 
+def elastic_masks(masks: Tensor, inverse: Tensor | None, dx: Tensor, dy: Tensor) -> Tensor:
+    """Return masks (N, H, W) of any type that go where ``elastic_transform`` takes the image; nearest pixel.
+
+    Args:
+        masks: As many as images.
+        inverse: See ``inverse_affine``; None for no affinity.
+        dx: float32 (N, H, W), in pixels.
+        dy: float32 (N, H, W), in pixels.
+    """
+    height, width = masks.shape[1:]
+    down = torch.arange(height, dtype=torch.float64, device=masks.device)[:, None]
+    right = torch.arange(width, dtype=torch.float64, device=masks.device)
+    y, x = _reflected(down + dy, height), _reflected(right + dx, width)
+    if inverse is not None:
+        x, y = (part[:, 0] * x + part[:, 1] * y + part[:, 2] for part in inverse[..., None, None].unbind(1))
+    row, column = (_edged(part.round().to(torch.float32), size) for part, size in ((y, height), (x, width)))
+    return masks.flatten(1).gather(1, (row * width + column).to(torch.int64).flatten(1)).view(masks.shape)
+
+
+def _reflected(place: Tensor, size: int) -> Tensor:
+    """Return float64 places mirrored about the image's border, half a pixel beyond the first and the last middle."""
+    place = (place + 0.5).remainder(2 * size)
+    return torch.minimum(place, 2 * size - place) - 0.5
+
+
+def _forth(inverse: Tensor) -> Tensor:
+    """Return where points (x, y), counted from the image's corner, go; float32 (N, 2, 3), of ``inverse_affine``."""
+    back, start = inverse[:, :, :2], inverse[:, :, 2:]
+    a, b, c, d = back.flatten(1).unbind(1)
+    scale = a * d - b * c
+    scale = torch.where(scale == 0, scale, 1 / scale)
+    turned = torch.stack((d, -b, -c, a), dim=1).mul(scale[:, None]).view(-1, 2, 2)
+    # the inverse counts from the middle of the first pixel
+    moved = 0.5 - (turned * (start.transpose(1, 2) + 0.5)).sum(2, keepdim=True)
+    return torch.cat((turned, moved), dim=2).to(torch.float32)
+
+
 @CORRUPTIONS.register("ref:elastic")
 @dataclass(frozen=True)
 class RefElastic(Reference):
     """Elastic transform of ImageNet-C: a random affinity, then a random displacement smoothed by a Gaussian.
 
     The first two levels are mostly a strong affinity and the last three a fine-grained displacement, so that harm does
-    not rise steadily. With no affinity, ``alpha`` = 12.5 * 0.005 H and ``sigma`` = 0.01 H it is severity 1 of the
-    operator that imagecorruptions has under the same name.
+    not rise steadily. Masks (nearest pixel) and boxes move with the image. With no affinity, ``alpha`` = 12.5 * 0.005 H
+    and ``sigma`` = 0.01 H it is severity 1 of the operator that imagecorruptions has under the same name.
 
     Args:
         alpha: Factor of the smoothed noise in [-1, 1], in pixels, 0 to 100000.
@@ -243,7 +283,23 @@ class RefElastic(Reference):
     def change(self, pixels: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
         out = torch.empty_like(pixels, memory_format=torch.contiguous_format)
         for part in blocks(pixels):
-            jitter = draws["corners"][part] * values["affine"] if values["affine"] else None
-            dx, dy = (smoothed_noise(half, values["sigma"], values["alpha"]) for half in noise_of(draws["noise"][part]))
-            out[part] = elastic_transform(pixels[part], jitter, dx, dy)
+            out[part] = elastic_transform(pixels[part], *self._motion(draws, values, part))
         return out
+
+    def move_labels(self, batch: Batch, draws: Draws, values: Mapping[str, float]) -> Batch:
+        jitter, dx, dy = self._motion(draws, values, slice(None))
+        size = (batch.images.shape[2], batch.images.shape[3])
+        inverse = None if jitter is None else inverse_affine(jitter, size)
+        masks, boxes = batch.masks, batch.boxes
+        if masks is not None:
+            masks = elastic_masks(masks, inverse, dx, dy)
+        if boxes is not None:
+            boxes = moved_boxes(boxes, torch.stack((dy, dx), dim=1), None if inverse is None else _forth(inverse))
+        return dataclasses.replace(batch, masks=masks, boxes=boxes)
+
+    @staticmethod
+    def _motion(draws: Draws, values: Mapping[str, float], part: slice) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Return the jitter and the displacements dx, dy of some images, as ``elastic_transform`` takes them."""
+        jitter = draws["corners"][part] * values["affine"] if values["affine"] else None
+        dx, dy = (smoothed_noise(half, values["sigma"], values["alpha"]) for half in noise_of(draws["noise"][part]))
+        return jitter, dx, dy

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.ndimage import map_coordinates
+from scipy.ndimage import label, map_coordinates
 
 from corruptions.geometry import Elastic, displacement, warp
 from corruptions.glass import GlassBlur, gather, offsets
@@ -17,6 +17,7 @@ from corruptions.reference.motion import RefMotionBlur
 from corruptions.reference.zoom import RefZoomBlur
 from corruptions.zoom import ZoomBlur, zoom_mean
 from robustlab.core.errors import ConfigError, RangeError
+from robustlab.core.registry import SUITES
 from robustlab.core.rng import SampleRng
 from robustlab.core.shift import ShiftContext
 from robustlab.core.types import Batch
@@ -247,6 +248,40 @@ def test_boxes_enclose_what_they_enclosed():
             seen = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
             assert (box[0] - seen).abs().max() < 1
             assert (box[0] - batch.boxes[place][0]).abs().max() > 0.5
+
+
+def published_elastic(suite):
+    return next(shift for shift in SUITES.get(suite)() if isinstance(shift, RefElastic))
+
+
+@pytest.mark.parametrize(
+    ("suite", "size", "off"),
+    [("cifar-10-c", (32, 32), 1.5), ("tiny-imagenet-c", (64, 61), 1.5), ("imagenet-c", (200, 224), 4)],
+)
+@pytest.mark.parametrize("severity", [1, 2, 3, 4.4, 5])
+def test_labels_move_with_the_published_deformation(suite, size, off, severity):
+    height, width = size
+    mask = torch.zeros(8, height, width, dtype=torch.int64)
+    top, left, bottom, right = height // 3, width // 4, height * 2 // 3, width * 2 // 3
+    mask[:, top:bottom, left:right] = 3
+    box = torch.tensor([[left, top, right, bottom]], dtype=torch.float32)
+    boxes = tuple(box if place % 4 else torch.zeros(0, 4) for place in range(8))
+    pixels = (mask[:, None] * 85).to(torch.uint8).expand(8, 3, height, width)
+    moved = published_elastic(suite).on(
+        Batch(pixels, None, torch.arange(8), masks=mask, boxes=boxes), severity, ShiftContext()
+    )
+    assert set(moved.masks.unique().tolist()) == {0, 3}
+    bright = moved.images[:, 1] > 127
+    # twice interpolated edges, and the source's truncation, leave single pixels on either side
+    assert ((moved.masks == 3) != bright).float().mean() < 0.004
+    assert (mask != moved.masks).float().mean() > 0.005
+    for place, found in enumerate(moved.boxes):
+        assert len(found) == len(boxes[place])
+        if len(found):
+            parts = label((moved.masks[place] == 3).numpy(), np.ones((3, 3)))[0]  # mirrored copies are others
+            rows, columns = torch.from_numpy(parts == np.bincount(parts.ravel())[1:].argmax() + 1).nonzero().unbind(1)
+            seen = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+            assert (found[0] - seen).abs().max() < off, (found, seen)
 
 
 def test_a_shift_that_moves_nothing_leaves_masks_and_boxes_alone():
