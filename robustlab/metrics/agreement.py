@@ -91,6 +91,7 @@ class _Agreement(SmoothMetric):
     """A function of the counts; for multi-label of every label's two by two table, and its mean."""
 
     from_answers = True
+    keeps_broken = True
     bounds = (-1.0, 1.0)
     costs = False
 
@@ -166,6 +167,7 @@ class F1(SmoothMetric):
 
     title = "F1"
     from_answers = True
+    keeps_broken = True
 
     def parts(self, store: PredictionStore, context: Context) -> Mapping[str, Part]:
         if store.task != "multilabel" and not store.positive_class:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .stats import Resampler
 
 Direction = Literal["higher", "lower", "none"]
+Share = tuple[Tensor, Tensor]
+"""Hits and rows, bool (N,) each: the share of hits among the rows."""
 Statistic = Callable[[Tensor], Tensor]
 """Maps float64 sample weights (N, b) of b replicates to values (b,), NaN where undefined."""
 
@@ -137,6 +139,8 @@ class Metric(AnyMetric):
     """A metric of one store: on labels, or of an OOD store against the clean reference."""
 
     smooth: ClassVar[bool] = True
+    keeps_broken: ClassVar[bool] = False
+    """Rows that are not finite enter, as errors or as referred; other metrics leave them out."""
 
     @abstractmethod
     def compute(self, store: PredictionStore, context: Context) -> list[MetricValue]:
@@ -147,6 +151,11 @@ class Metric(AnyMetric):
 
         The statistics of ``smooth`` metrics are differentiable in the weights.
         """
+        del store, context
+        return {}
+
+    def shares(self, store: PredictionStore, context: Context) -> Mapping[str, Sequence[Share]]:
+        """Return target to shares whose mean the metric is, of rows that labels alone decide; empty for others."""
         del store, context
         return {}
 

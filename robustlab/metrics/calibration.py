@@ -24,6 +24,7 @@ from .forecasts import (
     class_forecasts,
     equal_mass_index,
     forecasts,
+    notion,
 )
 from .proper_scores import (
     Brier,
@@ -109,9 +110,15 @@ def _null_influence(item: Binned) -> Tensor:
 
 
 class _BinnedError(SmoothMetric):
-    """A mean over labels of an error over bins; the method text gives what a calibrated model would show."""
+    """An error over bins, for multi-label of every label and its mean; the method text gives the null level."""
 
     direction: ClassVar[Direction] = "lower"
+    none_left: ClassVar[str] = "no_samples"
+    """Why rows that entered may leave nothing to compute."""
+
+    def usable(self, item: Binned) -> bool:
+        """Return whether the error of a label is defined."""
+        return bool(item.item.entered.any())
 
     def binned(self, store: PredictionStore) -> list[Binned]:
         """Return the forecasts of every label or class in their bins; empty where the metric does not apply."""
@@ -135,36 +142,53 @@ class _BinnedError(SmoothMetric):
         null = float(torch.stack([item.null_error() for item in items]).mean())
         return f"; expected {null:.3g} if perfectly calibrated"
 
+    def notion(self, store: PredictionStore) -> str:
+        """Return which probabilities are looked at."""
+        return "" if store.task == "multilabel" else f"; of the {notion(store)}"
+
     def parts(self, store: PredictionStore, context: Context) -> Mapping[str, Part]:
-        items, used = self._used(store)
-        if not items:
-            return {}
-        entered = torch.stack([item.item.entered for item in items]).any(0)
-        if not used:
-            return {"": Part(None, entered)}
-        note = self.note(used) + (defined(len(used), store))
-        return {"": Part(_mean(used, self.value, self.influence), entered, note=note)}
+        out = {}
+        for target, items in self._targets(store, context).items():
+            used = [item for item in items if self.usable(item)]
+            entered = torch.stack([item.item.entered for item in items]).any(0)
+            reason = self.none_left if bool(entered.any()) else "no_samples"
+            note = self.notion(store) + self.note(used) + defined(len(used), len(items)) if used else ""
+            out[target] = Part(_mean(used, self.value, self.influence) if used else None, entered, reason, note)
+        return out
 
     def statistics(self, store: PredictionStore, context: Context) -> Mapping[str, Statistic]:
-        _, used = self._used(store)
-        return {"": _mean(used, self.value, self.influence)} if used else {}
+        found = self._usable_targets(store, context)
+        return {target: _mean(used, self.value, self.influence) for target, used in found.items()}
 
     def point(self, store: PredictionStore, context: Context) -> Mapping[str, float]:
-        _, used = self._used(store)
-        return {"": float(torch.stack([self.plain(item) for item in used]).mean())} if used else {}
+        found = self._usable_targets(store, context)
+        return {
+            target: float(torch.stack([self.plain(item) for item in used]).mean()) for target, used in found.items()
+        }
 
-    def _used(self, store: PredictionStore) -> tuple[list[Binned], list[Binned]]:
+    def _usable_targets(self, store: PredictionStore, context: Context) -> dict[str, list[Binned]]:
+        found = {
+            target: [item for item in items if self.usable(item)]
+            for target, items in self._targets(store, context).items()
+        }
+        return {target: used for target, used in found.items() if used}
+
+    def _targets(self, store: PredictionStore, context: Context) -> dict[str, list[Binned]]:
+        """Return the items that each target is the mean of; nothing where the metric does not apply."""
         items = self.binned(store)
-        return items, [item for item in items if bool(item.item.entered.any())]
+        if not items:
+            return {}
+        labels = items if store.task == "multilabel" else []
+        return {"": items} | {context.target(index): [item] for index, item in enumerate(labels)}
 
 
 @METRICS.register("ece")
 class ExpectedCalibrationError(_BinnedError):
     """ECE over 15 equal-width bins: (1/N) sum_m |S_m - H_m| with S the sum of p and H the events in a bin.
 
-    Of the positive class for two classes, of the answer's confidence for more, macro over labels for multi-label. The
-    interval covers the expected value of this estimate at this n, which lies above 0 for a calibrated model too
-    (``ece-null``).
+    Of the positive class for two classes, of the answer's confidence for more (which is another quantity: the method
+    text says which), of every label and their mean for multi-label. The interval covers the expected value of this
+    estimate at this n, which lies above 0 for a calibrated model too (``ece-null``).
 
     References:
         Guo et al., On calibration of modern neural networks, 2017, arXiv:1706.04599.
@@ -221,7 +245,7 @@ class ExcessCalibrationError(_BinnedError):
     def parts(self, store: PredictionStore, context: Context) -> Mapping[str, Part]:
         made = dict(super().parts(store, context))
         for target, part in made.items():
-            if part.statistic is not None:
+            if part.statistic is not None and not target:
                 note = f"; p = {calibration_test(store, context):.3g} of perfect calibration"
                 made[target] = Part(part.statistic, part.entered, note=part.note + note)
         return made
@@ -268,6 +292,9 @@ class ClasswiseCalibrationError(_BinnedError):
         units = unit_codes(store.clusters)
         return [Binned.equal_width(item, units) for item in class_forecasts(store)]
 
+    def notion(self, store: PredictionStore) -> str:
+        return ""
+
     def note(self, items: Sequence[Binned]) -> str:
         errors = torch.stack([item.sums.abs().sum() / item.item.n for item in items])
         share = torch.stack([(item.item.happened & item.item.entered).sum() / item.item.n for item in items])
@@ -289,9 +316,12 @@ class TopLabelCalibrationError(_BinnedError):
     def binned(self, store: PredictionStore) -> list[Binned]:
         if store.task == "multilabel":
             return []
-        item = answer_forecasts(store)
+        item = answer_forecasts(store)  # also of two classes
         index = store.predicted.clamp_min(0) * BINS + bin_index(item.p)
         return [Binned(item, index, BINS * store.num_classes, unit_codes(store.clusters))]
+
+    def notion(self, store: PredictionStore) -> str:
+        return ""
 
 
 @METRICS.register("ece-debiased")
@@ -341,16 +371,8 @@ class MaximumCalibrationError(_BinnedError):
     title = f"MCE ({BINS} bins, n >= {LEAST})"
     none_left: ClassVar[str] = "below_min_count"
 
-    def parts(self, store: PredictionStore, context: Context) -> Mapping[str, Part]:
-        items = self.binned(store)
-        entered = torch.stack([item.item.entered for item in items]).any(0)
-        if bool(entered.any()) and not self._used(store)[1]:
-            return {"": Part(None, entered, self.none_left)}
-        return super().parts(store, context)
-
-    def _used(self, store: PredictionStore) -> tuple[list[Binned], list[Binned]]:
-        items = self.binned(store)
-        return items, [item for item in items if bool((item.counts >= LEAST).any())]
+    def usable(self, item: Binned) -> bool:
+        return bool((item.counts >= LEAST).any())
 
     def value(self, item: Binned, weights: Tensor) -> Tensor:
         count = binned_sums(weights, item.index, item.mass, item.bins)

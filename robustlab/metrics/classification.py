@@ -14,9 +14,9 @@ from robustlab.core.errors import ConfigError, RangeError
 from robustlab.core.registry import METRICS
 
 from .agreement import Table
-from .base import Context, Estimate, Metric, MetricValue, Statistic
+from .base import Context, Estimate, Metric, MetricValue, Share, Statistic
 from .ranking import Auroc, pair_bounds
-from .stats import linear_estimate, proportion, ratio, unit_count
+from .stats import linear_estimate, mover, proportion, ratio, unit_count
 from .store import PredictionStore
 from .thresholds import Calls, calls, decide_labels, fit_thresholds, labels_of
 
@@ -78,6 +78,7 @@ class Accuracy(Metric):
     default = True
     title = "Accuracy"
     from_answers = True
+    keeps_broken = True
 
     def compute(self, store: PredictionStore, context: Context) -> list[MetricValue]:
         confidence = context.resampler.confidence
@@ -99,6 +100,11 @@ class Accuracy(Metric):
         right = (made.correct & made.annotated).sum(1, dtype=torch.float64)
         return {"": ratio(right[None], made.annotated.sum(1, dtype=torch.float64)[None])}
 
+    def shares(self, store: PredictionStore, context: Context) -> Mapping[str, Sequence[Share]]:
+        if store.task == "multilabel":
+            return {}
+        return {"": [(store.predicted == labels_of(store), torch.ones_like(store.finite))]}
+
     def point(self, store: PredictionStore, context: Context) -> Mapping[str, float]:
         if store.task == "multilabel":
             made = decide_labels(store, context.frozen)
@@ -111,6 +117,7 @@ class _TopAccuracy(Metric):
     """Share of samples whose class is among the most probable few."""
 
     most: ClassVar[int]
+    keeps_broken = True
 
     def _hits(self, store: PredictionStore) -> Tensor | None:
         """Return bool (N,), or None where every answer would be a hit."""
@@ -140,6 +147,10 @@ class _TopAccuracy(Metric):
     def statistics(self, store: PredictionStore, context: Context) -> Mapping[str, Statistic]:
         hits = self._hits(store)
         return {} if hits is None else {"": _Rate(hits, torch.ones_like(hits)).statistic()}
+
+    def shares(self, store: PredictionStore, context: Context) -> Mapping[str, Sequence[Share]]:
+        hits = self._hits(store)
+        return {} if hits is None else {"": [(hits, torch.ones_like(hits))]}
 
     def point(self, store: PredictionStore, context: Context) -> Mapping[str, float]:
         hits = self._hits(store)
@@ -175,6 +186,7 @@ class BalancedAccuracy(Metric):
     default = True
     title = "Balanced accuracy"
     from_answers = True
+    keeps_broken = True
 
     def _rates(self, store: PredictionStore, context: Context) -> tuple[list[_Rate], str]:
         labels = labels_of(store)
@@ -201,7 +213,7 @@ class BalancedAccuracy(Metric):
         entered = torch.stack([rate.rows for rate in rates]).any(0)
         n, units = int(entered.sum()), unit_count(store.clusters, entered)
         if store.task != "multilabel" and store.clusters is None:
-            low, high = _mover(parts)
+            low, high = mover(parts, bounds=(0.0, 1.0))
             estimate = Estimate(value, low, high, n, units, f"wilson a class, combined by MOVER{note}")
         elif value in (0.0, 1.0):
             # no sample moves the value; the rates hang together, so their bounds are averaged, not pooled
@@ -214,13 +226,16 @@ class BalancedAccuracy(Metric):
                 store, statistic, entered, confidence=confidence, bounds=(0.0, 1.0), note=note, reason="single_class"
             )
             if estimate.reason == "no_variance":  # one answer to everything: no weight moves it, though the rates vary
-                low, high = _mover(parts)
+                low, high = mover(parts, bounds=(0.0, 1.0))
                 estimate = Estimate(value, low, high, n, units, f"wilson a class, combined by MOVER{note}")
         return [MetricValue(self.name, estimate, self.direction)]
 
     def statistics(self, store: PredictionStore, context: Context) -> Mapping[str, Statistic]:
         rates, _ = self._rates(store, context)
         return {"": _mean_rate(rates)} if rates else {}
+
+    def shares(self, store: PredictionStore, context: Context) -> Mapping[str, Sequence[Share]]:
+        return {"": [(rate.hits, rate.rows) for rate in self._rates(store, context)[0]]}
 
     def point(self, store: PredictionStore, context: Context) -> Mapping[str, float]:
         if store.task == "multilabel":
@@ -250,22 +265,11 @@ def _mean_rate(rates: Sequence[_Rate]) -> Statistic:
     return statistic
 
 
-def _mover(parts: Sequence[Estimate]) -> tuple[float, float]:
-    """Return the interval of a mean of independent proportions from their own intervals.
-
-    References:
-        Zou and Donner, Construction of confidence limits about effect measures: a general approach, 2008.
-    """
-    value = sum(part.value for part in parts) / len(parts)
-    down = math.sqrt(sum((part.value - part.low) ** 2 for part in parts)) / len(parts)
-    up = math.sqrt(sum((part.high - part.value) ** 2 for part in parts)) / len(parts)
-    return max(0.0, value - down), min(1.0, value + up)
-
-
 class _ConditionalRate(Metric):
     """A share among some rows of each class or label."""
 
     from_answers = True
+    keeps_broken = True
     empty: ClassVar[str]
 
     def _rate(self, made: Calls) -> _Rate:
@@ -290,6 +294,10 @@ class _ConditionalRate(Metric):
         rates = self._rates(store, context)
         return {target: rate.statistic() for target, rate, _, _ in rates if bool(rate.rows.any())}
 
+    def _fixed_shares(self, store: PredictionStore, context: Context) -> Mapping[str, Sequence[Share]]:
+        rates = self._rates(store, context)
+        return {target: [(rate.hits, rate.rows)] for target, rate, _, _ in rates if bool(rate.rows.any())}
+
     def point(self, store: PredictionStore, context: Context) -> Mapping[str, float]:
         rates = self._rates(store, context)
         return {target: rate.value for target, rate, _, _ in rates if bool(rate.rows.any())}
@@ -306,6 +314,9 @@ class Sensitivity(_ConditionalRate):
     title = "Sensitivity"
     empty = "no_positives"
 
+    def shares(self, store: PredictionStore, context: Context) -> Mapping[str, Sequence[Share]]:
+        return self._fixed_shares(store, context)
+
     def _rate(self, made: Calls) -> _Rate:
         return _Rate(made.called, made.positive)
 
@@ -320,6 +331,9 @@ class Specificity(_ConditionalRate):
     default = True
     title = "Specificity"
     empty = "no_negatives"
+
+    def shares(self, store: PredictionStore, context: Context) -> Mapping[str, Sequence[Share]]:
+        return self._fixed_shares(store, context)
 
     def _rate(self, made: Calls) -> _Rate:
         return _Rate(made.cleared, made.negative)

@@ -61,6 +61,11 @@ def forecasts(store: PredictionStore) -> list[Forecasts]:
     return [answer_forecasts(store)]
 
 
+def notion(store: PredictionStore) -> str:
+    """Return in words which probabilities ``forecasts`` takes of classes."""
+    return "positive class" if store.positive_class else "answer's confidence"
+
+
 def answer_forecasts(store: PredictionStore) -> Forecasts:
     """Return the answer's confidence, and whether the answer was right. Not for multi-label."""
     entered, (answer, sure) = _usable(store), store.answers

@@ -87,6 +87,8 @@ def check_groups(store: PredictionStore, codes: Tensor, levels: Sequence[str]) -
         raise ShapeError(
             "groups", f"codes below {len(levels)}, the number of names", f"{int(codes.max())}", "Name every group."
         )
+    if len(codes) and int(codes.min()) < -1:
+        raise ShapeError("groups", "codes from -1 (missing) on", f"{int(codes.min())}", "Give missing groups -1.")
 
 
 def all_units(store: PredictionStore) -> int:

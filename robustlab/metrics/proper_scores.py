@@ -26,24 +26,26 @@ def _annotated(store: PredictionStore) -> Tensor:
     return finite & (labels_of(store) >= 0) if store.task == "multilabel" else finite
 
 
-def _mean_loss(store: PredictionStore, losses: Tensor, bounds: Bounds) -> Mapping[str, Part]:
-    """Return the mean loss (N,), or for multi-label (N, L) the mean over labels of the mean over annotated rows."""
+def _mean_loss(store: PredictionStore, losses: Tensor, bounds: Bounds, context: Context) -> Mapping[str, Part]:
+    """Return the mean loss (N,); for multi-label (N, L) of every label over its annotated rows, and their mean."""
     entered = _annotated(store)
     losses = losses if losses.ndim == 2 else losses[:, None]
     used = entered.any(0)
     rows = entered.any(1)
-    if not bool(used.any()):
-        return {"": Part(None, rows)}
     if not bool(entered.all()):
-        losses = torch.where(entered, losses, 0)[:, used]
-    statistic = ratio(losses.T.contiguous(), entered[:, used].T.to(torch.float64))
-    return {"": Part(statistic, rows, note=defined(int(used.sum()), store), bounds=bounds)}
+        losses = torch.where(entered, losses, 0)
+    top, mass = losses.T.contiguous(), entered.T.to(torch.float64)
+    whole = ratio(top[used], mass[used]) if bool(used.any()) else None
+    out = {"": Part(whole, rows, note=defined(int(used.sum()), len(used)), bounds=bounds)}
+    for k, some in enumerate(used.tolist() if store.task == "multilabel" else ()):
+        statistic = ratio(top[k : k + 1], mass[k : k + 1]) if some else None
+        out[context.target(k)] = Part(statistic, entered[:, k], bounds=bounds)
+    return out
 
 
-def defined(count: int, store: PredictionStore) -> str:
+def defined(count: int, total: int) -> str:
     """Return what the method text says of labels that were left out."""
-    whole = count == store.num_classes or store.task != "multilabel"
-    return "" if whole else f"; mean of {count} of {store.num_classes} defined"
+    return "" if count == total else f"; mean of {count} of {total} defined"
 
 
 @METRICS.register("nll")
@@ -59,12 +61,12 @@ class NegativeLogLikelihood(SmoothMetric):
         if store.task == "multilabel":
             # log(1 - sigmoid(z)) = logsigmoid(-z)
             losses = -functional.logsigmoid(torch.where(labels == 1, 1, -1) * store.logits.to(torch.float64))
-            return _mean_loss(store, losses, self.bounds)
+            return _mean_loss(store, losses, self.bounds, context)
         losses = torch.empty(len(store), dtype=torch.float64, device=store.logits.device)
         for rows, powers, top in exponentials(store):
             true = store.logits[rows].gather(1, labels[rows, None])[:, 0]
             losses[rows] = torch.log(powers.sum(0)) + (top - true)
-        return _mean_loss(store, losses, self.bounds)
+        return _mean_loss(store, losses, self.bounds, context)
 
 
 @METRICS.register("brier")
@@ -83,14 +85,14 @@ class Brier(SmoothMetric):
         labels = labels_of(store)
         if store.task == "multilabel":
             losses = (torch.sigmoid(store.logits.to(torch.float64)) - (labels == 1).to(torch.float64)).square()
-            return _mean_loss(store, losses, (0.0, 1.0))
+            return _mean_loss(store, losses, (0.0, 1.0), context)
         losses = torch.empty(len(store), dtype=torch.float64, device=store.logits.device)
         for rows, powers, _ in exponentials(store):
             p = powers.div_(powers.sum(0))
             truth = labels[None, rows]
             p.scatter_(0, truth, p.gather(0, truth).sub_(1))
             torch.sum(p.square_(), 0, out=losses[rows])
-        return _mean_loss(store, losses, (0.0, 2.0))
+        return _mean_loss(store, losses, (0.0, 2.0), context)
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +167,7 @@ class _BrierPart(SmoothMetric):
             lambda weights: scale * torch.stack([self.value(item, weights) for item in used]).sum(0),
             lambda: scale * torch.stack([self.influence(item) for item in used]).sum(0),
         )
-        note = self.note(used, scale) + defined(len(used), store)
+        note = self.note(used, scale) + defined(len(used), len(items))
         return {"": Part(statistic, rows, note=note, bounds=(0.0, 1.0 if store.task == "multilabel" else 2.0))}
 
     def value(self, item: Binned, weights: Tensor) -> Tensor:

@@ -4,208 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
-import numpy as np
 import torch
+from scipy.stats import norm
 from torch import Tensor
 
 from robustlab.core.registry import METRICS
 
 from .base import Context, Estimate, Metric, MetricValue, Statistic
+from .rankings import Ranking, rankings, values_of
 from .stats import (
     DeLong,
-    Linear,
     bootstrap,
     cumulative,
-    estimate_of,
     linear_estimate,
+    linear_interval,
     macro,
     proportion,
-    rank_probability,
     unit_count,
     wilson,
 )
 from .store import PredictionStore
-from .thresholds import labels_of
-
-_CELLS = 1 << 15  # numbers that stay in a core's cache, and that torch leaves to one thread: waiting costs more
-_MANY = 1 << 16
-
-
-def rank_keys(store: PredictionStore, rows: Tensor) -> Tensor:
-    """Return float64 (C, n), for each class or label numbers that order the rows (int64 (n,)) as its log-odds do.
-
-    One row for two classes. From the logits, so saturated probabilities make no ties; the order is that of
-    log p for p <= 1/2 and of the log-odds z_k - log sum_{j != k} exp(z_j) above, where log p would lose digits. The sum
-    is made of terms rounded to one grid, so it is exact, and permuted classes change no digit.
-    """
-    logits, count = store.logits, store.num_classes
-    if store.task == "multilabel" or count < 2:
-        return logits[rows].T.to(torch.float64, memory_format=torch.contiguous_format)
-    if count == 2:
-        return (logits[rows, 1].to(torch.float64) - logits[rows, 0].to(torch.float64))[None]
-    out = torch.empty((count, len(rows)), dtype=torch.float64, device=logits.device)
-    # x + grid - grid rounds x in [0, 1] so that a sum of as many such terms as there are classes needs no rounding
-    grid = 1.5 * 2.0 ** count.bit_length()
-    step = max(1, _CELLS // count)
-    for start in range(0, len(rows), step):
-        block = slice(start, start + step)
-        z = logits.index_select(0, rows[block]).T.to(torch.float64, memory_format=torch.contiguous_format)
-        top, where = z.max(0, keepdim=True)
-        z -= top
-        z.scatter_(0, where, -torch.inf)
-        second = z.amax(0)
-        others = (z - second).exp_().add_(grid).sub_(grid).sum(0).log_()
-        ahead = -second - others
-        scale = torch.log1p((-ahead).exp_()) - math.log(2)
-        # log p + log 2 meets the log-odds at p = 1/2, and is below them where p is larger
-        z -= scale
-        z.scatter_(0, where, torch.maximum(-scale, ahead)[None])
-        out[:, block] = z
-    return out
-
-
-@dataclass(frozen=True, eq=False)
-class Ranking:
-    """One class or label against the rest.
-
-    Args:
-        index: Class or label.
-        rows: int64 (n,), the rows that enter.
-        scores: float64 (n,), larger for positives.
-        inside: Where the positives are.
-    """
-
-    index: int
-    rows: Tensor
-    scores: Tensor
-    inside: slice
-
-    def _split(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        return values[self.inside], torch.cat([values[: self.inside.start], values[self.inside.stop :]])
-
-    @property
-    def counts(self) -> tuple[int, int]:
-        """Positives and negatives."""
-        positives = self.inside.stop - self.inside.start
-        return positives, len(self.rows) - positives
-
-    @cached_property
-    def sides(self) -> tuple[Tensor, Tensor]:
-        """Rows of the positives (P,) and of the negatives (M,)."""
-        return self._split(self.rows)
-
-    @cached_property
-    def values(self) -> tuple[Tensor, Tensor]:
-        """Scores of the positives (P,) and of the negatives (M,)."""
-        return self._split(self.scores)
-
-    @cached_property
-    def ordered(self) -> tuple[Tensor, Tensor]:
-        """Scores of positives and of negatives, ascending."""
-        if self.scores.device.type != "cpu":
-            high, low = self._split(self.scores)
-            return high.sort().values, low.sort().values
-        # NumPy sorts several times faster than torch on a CPU
-        scores = self.scores.numpy()
-        low_values = np.concatenate([scores[: self.inside.start], scores[self.inside.stop :]])
-        low_values.sort()
-        return torch.from_numpy(np.sort(scores[self.inside])), torch.from_numpy(low_values)
-
-    def by_score(self) -> list[tuple[Tensor, Tensor]]:
-        """Return (rows, scores) of the positives and of the negatives, ascending by score."""
-        orders = [torch.argsort(values, stable=True) for values in self.values]
-        return [(r[o], v[o]) for r, v, o in zip(self.sides, self.values, orders, strict=True)]
-
-    def wins(self) -> Tensor:
-        """Return int64 (), pairs that are in order, counted twice, plus equal ones."""
-        high, low = self.ordered
-        below = torch.searchsorted(low, high)
-        through = torch.searchsorted(low, high, right=True)
-        return below.sum() + through.sum()
-
-    def placements(self) -> tuple[Tensor, Tensor]:
-        """Return the share of negatives below each positive, and of positives above each negative; ties count half."""
-        first, second = (
-            (torch.searchsorted(others, values) + torch.searchsorted(others, values, right=True)).to(torch.float64)
-            / (2 * len(others))
-            for values, others in zip(self.values, self.ordered[::-1], strict=True)
-        )
-        return first, 1 - second
-
-    def precision(self) -> Tensor:
-        """Return float64 (), the mean precision at the scores of the positives."""
-        high, low = self.ordered
-        true = len(high) - torch.searchsorted(high, high)
-        false = len(low) - torch.searchsorted(low, high)
-        return (true / (true + false).to(torch.float64)).mean()
-
-    def area_statistic(self) -> Statistic:
-        """Return the area under the ROC curve as a function of the weights of all samples."""
-        (positives, high), (negatives, low) = self.by_score()
-        area = rank_probability(high, low)
-        return lambda weights: area(weights[positives], weights[negatives])
-
-    def precision_statistic(self) -> Statistic:
-        """Return the average precision as a function of the weights of all samples."""
-        (positives, high), (negatives, low) = self.by_score()
-        first, below = torch.searchsorted(high, high), torch.searchsorted(low, high)
-
-        def statistic(weights: Tensor) -> Tensor:
-            own = weights[positives]
-            true, false = cumulative(own), cumulative(weights[negatives])
-            hits = true[-1] - true[first]
-            called = hits + (false[-1] - false[below])
-            # where nothing of weight is called, the positive itself has none
-            return (own * hits / called.clamp_min(torch.finfo(called.dtype).tiny)).sum(0) / true[-1]
-
-        return statistic
-
-
-def rankings(store: PredictionStore) -> tuple[list[Ranking], Tensor]:
-    """Return the classes or labels that have positives, and bool (N,), the rows that enter any of them."""
-    labels = labels_of(store)
-    finite = torch.zeros_like(store.finite) if store.answers_only else store.finite
-    if store.task == "multilabel":
-        known = labels >= 0
-        keys = rank_keys(store, torch.arange(len(store), device=labels.device))
-        made = []
-        for index, key in enumerate(keys):
-            sides = [(finite & (labels[:, index] == side)).nonzero()[:, 0] for side in (1, 0)]
-            rows = torch.cat(sides)
-            made.append(Ranking(index, rows, key[rows], slice(0, len(sides[0]))))
-        return [item for item in made if item.counts[0]], finite & known.any(1)
-    rows = _grouped(labels, store.num_classes)
-    if not bool(finite.all()):
-        rows = rows[finite[rows]]
-    # rows of a class are neighbours from here on, so its negatives are all before and all behind
-    keys = rank_keys(store, rows)
-    ends = [0, *torch.bincount(labels[rows], minlength=store.num_classes).cumsum(0).tolist()]
-    classes = (1,) if store.positive_class else range(store.num_classes)
-    made = [
-        Ranking(index, rows, key, slice(ends[index], ends[index + 1])) for key, index in zip(keys, classes, strict=True)
-    ]
-    return [item for item in made if item.counts[0]], finite
-
-
-def _values(function: Callable[[Ranking], Tensor], made: Sequence[Ranking]) -> Tensor:
-    """Return float64 (k,), the value of every ranking, on the CPU."""
-    threads = min(len(made), torch.get_num_threads())
-    if threads > 1 and made[0].scores.device.type == "cpu" and len(made[0].rows) >= _MANY:
-        with ThreadPoolExecutor(threads) as pool:  # a sort by NumPy takes one thread and leaves the interpreter free
-            list(pool.map(lambda item: item.ordered, made))
-    return torch.stack([function(item) for item in made]).cpu()
-
-
-def _grouped(labels: Tensor, classes: int) -> Tensor:
-    """Return the rows ordered by label, int64 (N,)."""
-    if labels.device.type == "cpu" and classes < 1 << 15:  # small integers are sorted by radix there
-        return torch.from_numpy(np.argsort(labels.numpy().astype(np.int16), kind="stable"))
-    return torch.argsort(labels, stable=True)
 
 
 def pair_bounds(value: float, first: int, second: int, confidence: float) -> tuple[float, float]:
@@ -286,7 +108,7 @@ class _Ranked(Metric):
         made, _ = self._defined(store)
         if not made:
             return {}
-        values = _values(self._value, made)
+        values = values_of(self._value, made)
         found = {"": float(values @ self._weight(made))}
         if store.task == "multilabel":
             found |= {context.target(item.index): float(value) for item, value in zip(made, values, strict=True)}
@@ -298,8 +120,8 @@ class Auroc(_Ranked):
     """Area under the ROC curve with ties counted half; macro one-vs-rest over classes, macro over labels.
 
     Rows are ranked by log-odds from the logits, so saturated probabilities make no ties. Classes or labels without both
-    sides are left out of the mean. Intervals are DeLong's for one area, and made of the same placement values for the
-    mean of several; exactly 0 or 1 gets Wilson's on disjoint pairs.
+    sides are left out of the mean. Intervals are DeLong's, also for the mean of several areas on the same samples;
+    exactly 0 or 1 gets Wilson's on disjoint pairs.
 
     References:
         Hanley and McNeil, The meaning and use of the area under a ROC curve, 1982; DeLong, DeLong and Clarke-Pearson,
@@ -333,23 +155,58 @@ class Auroc(_Ranked):
     def _mean(
         self, store: PredictionStore, made: Sequence[Ranking], parts: list[Estimate], entered: Tensor, context: Context
     ) -> Estimate:
-        values = _values(self._value, made)
+        values = values_of(self._value, made)
         value = float(values @ self._weight(made))
         confidence = context.resampler.confidence
         if value in (0.0, 1.0):
             parts = parts or [self._one(store, item, context) for item in made]
             low, high = (sum(ends) / len(ends) for ends in ([p.low for p in parts], [p.high for p in parts]))
             return replace(parts[0], low=low, high=high)
-        influence = self._influence(store, made, values)
-        return estimate_of(store, Linear(value, influence), entered, confidence=confidence, bounds=(0.0, 1.0))
+        error, freedom = self._spread(store, made, values, confidence)
+        n, units = int(entered.sum()), unit_count(store.clusters, entered)
+        method = f"delong, mean of {len(made)} areas" + ("" if store.clusters is None else ", over clusters")
+        if not error > 0:
+            return Estimate(value, math.nan, math.nan, n, units, method, "no_variance")
+        low, high = linear_interval(value, error, freedom, confidence=confidence, bounds=(0.0, 1.0))
+        return Estimate(value, low, high, n, units, method)
 
-    def _influence(self, store: PredictionStore, made: Sequence[Ranking], values: Tensor) -> Tensor:
-        """Return float64 (N,), the change of the mean with every sample's weight."""
-        influence = torch.zeros(len(store), dtype=torch.float64, device=store.logits.device)
+    def _spread(
+        self, store: PredictionStore, made: Sequence[Ranking], values: Tensor, confidence: float
+    ) -> tuple[float, float]:
+        """Return (standard error, degrees of freedom) of the mean of the areas.
+
+        Every side of every class has its own P / (P - 1), as in DeLong's variance, and its own P - 1 degrees of
+        freedom, which are pooled as Welch does: few positives of one class widen the interval of the mean. A class that
+        is perfectly ranked, or has one positive, varies as far as the bound for disjoint pairs says.
+        """
+        codes = torch.unique(store.clusters, return_inverse=True)[1] if store.clusters is not None else None
+        total = len(store) if codes is None else int(codes.max()) + 1
+        sums = torch.zeros(total, dtype=torch.float64, device=store.logits.device)
+        certain, pooled = 0.0, 0.0
+        quantile = float(norm.ppf((1 + confidence) / 2))
         for item, value, share in zip(made, values.tolist(), self._weight(made).tolist(), strict=True):
-            for rows, placed in zip(item.sides, item.placements(), strict=True):
-                influence.index_add_(0, rows, (placed - value) * (share / len(rows)))
-        return influence
+            places = [rows if codes is None else codes[rows] for rows in item.sides]
+            counts = [len(rows) if codes is None else len(torch.unique(rows)) for rows in places]
+            if value in (0.0, 1.0) or min(counts) < 2:
+                low, high = pair_bounds(value, counts[0], counts[1], confidence)
+                certain += (share * (high - low) / quantile) ** 2
+                continue
+            gains = (self._gain(made, values, value), 0.0)
+            for rows, placed, count, gain in zip(places, item.placements(), counts, gains, strict=True):
+                own = ((placed - value) * (share / len(rows)) + gain) * math.sqrt(count / (count - 1))
+                part = torch.zeros_like(sums).index_add_(0, rows, own)
+                pooled += float(part.square().sum()) ** 2 / (count - 1)
+                sums += part
+        seen = float(sums.square().sum())
+        freedom = seen**2 / pooled if pooled > 0 else math.inf
+        # a bound that allows for small numbers already has no degrees of freedom to lose
+        freedom = freedom * ((seen + certain) / seen) ** 2 if seen > 0 else math.inf
+        return math.sqrt(seen + certain), max(1.0, min(freedom, total - 1.0))
+
+    def _gain(self, made: Sequence[Ranking], values: Tensor, value: float) -> float:
+        """Return what a positive of an area ``value`` adds to the mean by its weight alone."""
+        del made, values, value
+        return 0.0
 
 
 @METRICS.register("auroc-weighted")
@@ -363,13 +220,8 @@ class WeightedAuroc(Auroc):
         counts = torch.tensor([item.counts[0] for item in made], dtype=torch.float64)
         return counts / counts.sum()
 
-    def _influence(self, store: PredictionStore, made: Sequence[Ranking], values: Tensor) -> Tensor:
-        influence = super()._influence(store, made, values)
-        total = sum(item.counts[0] for item in made)
-        mean = float(values @ self._weight(made))
-        for item, value in zip(made, values.tolist(), strict=True):
-            influence[item.sides[0]] += (value - mean) / total
-        return influence
+    def _gain(self, made: Sequence[Ranking], values: Tensor, value: float) -> float:
+        return (value - float(values @ self._weight(made))) / sum(item.counts[0] for item in made)
 
     def _macro(self, store: PredictionStore, made: Sequence[Ranking]) -> Statistic:
         areas = [item.area_statistic() for item in made]

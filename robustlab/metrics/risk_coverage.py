@@ -7,6 +7,7 @@ b + j E / c errors at its j-th place.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,9 +24,10 @@ from .base import Context, Estimate, Metric, MetricValue, Statistic
 from .classification import pair_bounds
 from .selective import confidence, wrong_answers
 from .smooth import Part, SmoothMetric
-from .stats import bootstrap, cumulative, effective_count, rank_probability, unit_count, wilson
+from .stats import bootstrap, cumulative, delong, effective_count, rank_probability, unit_count, wilson
 from .store import PredictionStore
 
+_FEWEST = 20  # units that an interval of coverage needs
 _RISK = 20  # coverage is taken at a risk of 1 / 20
 _COVERAGE = 4, 5  # risk is taken at a coverage of 4 / 5
 
@@ -195,7 +197,7 @@ class Augrc(SmoothMetric):
 
 @METRICS.register("failure-auroc")
 class FailureAuroc(SmoothMetric):
-    """P(confidence of a right answer > confidence of a wrong one), ties counted half.
+    """P(confidence of a right answer > confidence of a wrong one), ties counted half, with DeLong's interval.
 
     At exactly 0 or 1, Wilson holds for the disjoint pairs of one unit from each side.
 
@@ -217,14 +219,21 @@ class FailureAuroc(SmoothMetric):
         return {"": Part(lambda weights: area(weights[right], weights[wrong]), accepted.entered)}
 
     def compute(self, store: PredictionStore, context: Context) -> list[MetricValue]:
-        (value,) = super().compute(store, context)
-        if value.estimate.value not in (0.0, 1.0):
+        accepted, confidence = _Accepted.make(store, context), context.resampler.confidence
+        (part,) = self.parts(store, context).values()
+        if part.statistic is None:
+            return super().compute(store, context)
+        rows = accepted.entered
+        clusters = None if store.clusters is None else store.clusters[rows]
+        made = delong(accepted.sure[rows], ~accepted.wrong[rows], clusters).estimate(confidence=confidence)
+        value = MetricValue(self.name, made, self.direction)
+        if made.value not in (0.0, 1.0):
             return [value]
-        accepted = _Accepted.make(store, context)
         sides = [unit_count(store.clusters, accepted.entered & rows) for rows in (~accepted.wrong, accepted.wrong)]
-        low, high = pair_bounds(value.estimate.value, sides[0], sides[1], context.resampler.confidence)
-        estimate = replace(value.estimate, low=low, high=high, method="wilson on disjoint pairs", reason="")
-        return [replace(value, estimate=estimate)]
+        low, high = pair_bounds(made.value, sides[0], sides[1], confidence)
+        return [
+            replace(value, estimate=replace(made, low=low, high=high, method="wilson on disjoint pairs", reason=""))
+        ]
 
 
 def _coverage_at_risk(order: _Order) -> Statistic:
@@ -284,8 +293,8 @@ class CoverageAtRisk(_OnTheCurve):
     """Largest share of the samples whose surest answers have an error rate of at most 5 %, the last crossing.
 
     The interval inverts Wilson's: its ends are the last coverages at which the upper, and the lower, bound of the risk
-    is at most 5 %; fewer than 73 flawless answers thus show no coverage at all. Where no coverage has that risk the
-    value is 0, with the reason ``risk_not_met``.
+    is at most 5 %; fewer than 73 flawless answers thus show no coverage at all, and fewer than 20 units give no
+    interval. Where no coverage has that risk the value is 0, with the reason ``risk_not_met``.
     """
 
     title = "Coverage at 5 % risk"
@@ -299,8 +308,10 @@ class CoverageAtRisk(_OnTheCurve):
         clusters = None if store.clusters is None else store.clusters[order.rows]
         effective, units = effective_count(accepted.wrong[order.rows], clusters, confidence=level)
         value = float(self.at(order)(torch.ones((len(store), 1), dtype=torch.float64, device=store.ids.device))[0])
-        low, high = _last_below(order.expected.cumsum(0), effective / n, level)
         method = "last crossings of the wilson bounds of the risk; at 5 % risk"
+        if units < _FEWEST:
+            return Estimate(value, math.nan, math.nan, n, units, method, "too_few_units")
+        low, high = _last_below(order.expected.cumsum(0), effective / n, level)
         return Estimate(value, low, high, n, units, method, "" if value > 0 else "risk_not_met")
 
 

@@ -21,7 +21,7 @@ from .base import ConditionMetric, Conditions, ConditionStore, Context, Estimate
 from .selective import wrong_answers
 from .smooth import everyone
 from .stats import Bounds, Linear, estimate_of, linearise, proportion, worst_condition
-from .stats.compare import comparable, matched, same_outputs
+from .stats.compare import comparable, matched, paired_difference, same_outputs
 from .store import PredictionStore
 from .thresholds import decide_labels
 
@@ -147,9 +147,13 @@ class _OverShifts(ConditionMetric):
         if made.reason != "no_variance":
             return made
         if self.bounds[0] < 0:
-            if not all(same_outputs(clean, item.store) for item in items):
-                return made
-            return replace(made, low=0.0, high=0.0, method=f"identical predictions{note}", reason="")
+            # no condition moved the metric: every one has the interval of the first, and so has their mean
+            each = paired_difference(clean, items[0].store, self.of, context)
+            if not all(same_outputs(clean, item.store) for item in items) and each.value == part.value == 0:
+                return replace(made, low=-each.high, high=-each.low, method=f"{each.method}{note}", reason="")
+            if all(same_outputs(clean, item.store) for item in items):
+                return replace(made, low=0.0, high=0.0, method=f"identical predictions{note}", reason="")
+            return made
         if part.value not in self.bounds:
             return made
         # every condition is all right, or all wrong: each has the same interval, and so has their mean

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from robustlab.core.errors import RangeError, ShapeError, UnknownNameError
 from robustlab.core.registry import METRICS
 
-from .base import Context, Estimate, Frozen, Metric, MetricValue, Statistic
+from .base import Context, Estimate, Frozen, Metric, MetricValue, Share, Statistic
 from .classification import decide_labels, labels_of
 from .stats import proportion, ratio, rowwise
 from .store import PredictionStore
@@ -139,6 +139,7 @@ class SilentFailureRate(Metric):
 
     default = True
     title = "Silent-failure rate"
+    keeps_broken = True
     direction = "lower"
 
     def _events(self, store: PredictionStore, context: Context) -> tuple[Tensor, Tensor, int]:
@@ -163,6 +164,12 @@ class SilentFailureRate(Metric):
         rows = stands.to(torch.float64)[None]
         return {"": ratio(failed.to(torch.float64)[None] * rows, rows)}
 
+    def shares(self, store: PredictionStore, context: Context) -> Mapping[str, Sequence[Share]]:
+        if math.isnan(context.frozen.confidence):
+            return {}
+        failed, stands, _ = self._events(store, context)
+        return {"": [(failed, stands)]}
+
 
 @METRICS.register("referred-share")
 class ReferredShare(Metric):
@@ -170,6 +177,7 @@ class ReferredShare(Metric):
 
     default = True
     title = "Referred share"
+    keeps_broken = True
     direction = "none"
 
     def compute(self, store: PredictionStore, context: Context) -> list[MetricValue]:
@@ -188,6 +196,12 @@ class ReferredShare(Metric):
             return {}
         out = referred(store, context.frozen).to(torch.float64)[None]
         return {"": ratio(out, torch.ones_like(out))}
+
+    def shares(self, store: PredictionStore, context: Context) -> Mapping[str, Sequence[Share]]:
+        if math.isnan(context.frozen.confidence):
+            return {}
+        out = referred(store, context.frozen)
+        return {"": [(out, torch.ones_like(out))]}
 
 
 def _basis(context: Context) -> str:

@@ -233,5 +233,5 @@ class SmoothCalibrationError(SmoothMetric):
             lambda weights: torch.stack([item.value(weights) for item in used]).mean(0),
             lambda: torch.stack([item.influence() for item in used]).mean(0),
         )
-        note = f"; expected {null:.3g} if perfectly calibrated{defined(len(used), store)}"
+        note = f"; expected {null:.3g} if perfectly calibrated{defined(len(used), len(items))}"
         return {"": Part(statistic, entered, note=note)}

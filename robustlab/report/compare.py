@@ -13,6 +13,7 @@ from robustlab.core.errors import ConfigError, KindError, UnknownNameError
 from robustlab.core.registry import METRICS
 from robustlab.metrics.base import Context, Frozen
 from robustlab.metrics.stats import Resampler, compare_metric
+from robustlab.metrics.stats.compare import IDENTICAL as SAME
 from robustlab.metrics.store import PredictionStore
 
 from . import words
@@ -152,7 +153,9 @@ def _row(
     key: str, a: PredictionStore, b: PredictionStore, metric: str, target: str, contexts: tuple[Context, Context]
 ) -> ComparisonRow:
     made = compare_metric(a, b, metric, contexts[0], context_b=contexts[1], target=target)
-    estimate, verdict = made.difference, IDENTICAL if _identical(a, b) else str(made.decision)
+    estimate, verdict = made.difference, str(made.decision)
+    if estimate.method.startswith(SAME):
+        verdict = IDENTICAL
     return ComparisonRow(
         key,
         metric,
@@ -167,11 +170,6 @@ def _row(
         estimate.reason,
         made.units_to_decide,
     )
-
-
-def _identical(a: PredictionStore, b: PredictionStore) -> bool:
-    first, second = (store.logits[store.keys.argsort()] for store in (a, b))
-    return first.shape == second.shape and torch.equal(torch.nan_to_num(first), torch.nan_to_num(second))
 
 
 def _context(report: Report, divisor: int = 1) -> Context:

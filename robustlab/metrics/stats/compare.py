@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,15 +13,18 @@ from torch import Tensor
 
 from robustlab.core.errors import ConfigError, LabelError
 from robustlab.core.registry import METRICS
-from robustlab.metrics.base import Context, Direction, Estimate, Metric, Statistic
+from robustlab.metrics.base import Context, Direction, Estimate, Frozen, Metric, Share, Statistic
 from robustlab.metrics.store import PredictionStore
 
 from .bootstrap import bootstrap
 from .linear import linear_estimate
-from .proportions import unit_count
+from .proportions import mover, unit_count
 
 Decision = Literal["better", "worse", "no decision"]
 Verdict = Literal["breaks", "worse", "holds", "no decision"]
+
+IDENTICAL = "identical predictions"
+"""Method of the difference between predictions that are the same to the last bit."""
 
 
 def paired_difference(
@@ -34,8 +38,10 @@ def paired_difference(
 ) -> Estimate:
     """Return the difference b - a of a metric on the same samples, with a paired interval.
 
-    Accuracy of one answer a sample uses ``discordance_interval``, other smooth metrics the influence values of the
-    difference, and the rest the paired bootstrap over units.
+    Metrics that leave out rows which are not finite are compared on the rows that are finite on both sides. Shares of
+    rows that labels decide (accuracy, sensitivity ...) use ``discordance_interval``, a mean of several on independent
+    samples MOVER of these; other smooth metrics use the influence values of the difference, and the rest the paired
+    bootstrap over units.
 
     Args:
         a: Predictions of one model and condition.
@@ -46,7 +52,7 @@ def paired_difference(
         target: Class or label, for metrics that have one value each.
 
     Returns:
-        The difference; exactly 0 with interval [0, 0] for identical predictions.
+        The difference; exactly 0 with interval [0, 0] for identical predictions at the same operating points.
 
     Raises:
         ConfigError: The ids differ or repeat, or the metric cannot be compared.
@@ -54,11 +60,16 @@ def paired_difference(
     """
     item = comparable(metric)
     b = matched(a, b)
+    note, both = "", a.finite & b.finite
+    if not item.keeps_broken and not bool(both.all()):
+        note = f"; {int((~both).sum())} of {len(a)} rows not finite on a side"
+        a, b = a.select(both), b.select(both)
     everyone = torch.ones_like(a.ids, dtype=torch.bool)
     count = unit_count(a.clusters, everyone)
     if (a.answers_only or b.answers_only) and not item.from_answers:
         return Estimate.undefined("answers_only", n=len(a), n_units=count)
-    first, second = item.statistics(a, context), item.statistics(b, context_b or context)
+    context_b = context_b or context
+    first, second = item.statistics(a, context), item.statistics(b, context_b)
     if not first or not second:
         return Estimate.undefined("undefined_on_one_side", n=len(a), n_units=count)
     if target not in first or target not in second:
@@ -66,20 +77,44 @@ def paired_difference(
         raise ConfigError("paired_difference", f"target= one of {have}", repr(target), "Name the class or label.")
     difference = _Difference(first[target], second[target])
     confidence = context.resampler.confidence
-    if same_outputs(a, b):
-        estimate = linear_estimate(a, difference, everyone, reason="undefined_on_one_side")
-        return replace(estimate, low=estimate.value, high=estimate.value, method="identical predictions", reason="")
-    labels = a.labels
-    if labels is not None and metric == "accuracy" and a.task != "multilabel":
-        gain = torch.eq(b.predicted, labels).to(torch.float64) - torch.eq(a.predicted, labels).to(torch.float64)
-        low, high = discordance_interval(gain, a.clusters, confidence)
-        method = "paired, Bonett-Price" if a.clusters is None else "paired, Bonett-Price over clusters"
-        return Estimate(float(gain.mean()), low, high, len(a), count, method)
+    if same_outputs(a, b) and _same_points(context.frozen, context_b.frozen):
+        value = float(difference(torch.ones((len(a), 1), dtype=torch.float64, device=a.ids.device))[0])
+        if value == 0:
+            return Estimate(0.0, 0.0, 0.0, len(a), count, IDENTICAL + note)
+    parts = _gains(a, item.shares(a, context).get(target, ()), item.shares(b, context_b).get(target, ()), confidence)
+    if len(parts) == 1:
+        return replace(parts[0], method=parts[0].method + note)
+    if parts and a.clusters is None and a.task != "multilabel":
+        low, high = mover(parts)
+        value = sum(part.value for part in parts) / len(parts)
+        return Estimate(value, low, high, len(a), count, f"{parts[0].method} a class, combined by MOVER{note}")
     if item.smooth:
         estimate = linear_estimate(a, difference, everyone, confidence=confidence, reason="undefined_on_one_side")
     else:
         estimate = bootstrap(a, difference, context.resampler, everyone, reason="undefined_on_one_side")
-    return replace(estimate, method=f"paired, {estimate.method}")
+    if parts and estimate.reason == "no_variance":
+        # no answer changed; the parts hang together, so their bounds are averaged, not pooled
+        low, high = (sum(ends) / len(parts) for ends in ([p.low for p in parts], [p.high for p in parts]))
+        return Estimate(estimate.value, low, high, len(a), count, f"mean of the bounds of {len(parts)} shares{note}")
+    return replace(estimate, method=f"paired, {estimate.method}{note}")
+
+
+def _gains(a: PredictionStore, first: Sequence[Share], second: Sequence[Share], confidence: float) -> list[Estimate]:
+    """Return the paired difference of every share; nothing where the rows differ."""
+    if len(first) != len(second) or not all(torch.equal(x[1], y[1]) for x, y in zip(first, second, strict=True)):
+        return []
+    out = []
+    for (before, rows), (after, _) in zip(first, second, strict=True):
+        clusters = None if a.clusters is None else a.clusters[rows]
+        gain = after[rows].to(torch.float64) - before[rows].to(torch.float64)
+        low, high = discordance_interval(gain, clusters, confidence)
+        method = "paired, Bonett-Price" if clusters is None else "paired, Bonett-Price over clusters"
+        out.append(Estimate(float(gain.mean()), low, high, len(gain), unit_count(a.clusters, rows), method))
+    return out
+
+
+def _same_points(a: Frozen, b: Frozen) -> bool:
+    return _same(a.thresholds, b.thresholds) and repr(replace(a, thresholds=None)) == repr(replace(b, thresholds=None))
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,18 +140,30 @@ def comparable(metric: str) -> Metric:
 
 
 def same_outputs(a: PredictionStore, b: PredictionStore) -> bool:
-    """Return whether two stores of the same samples, in the same order, hold the same outputs."""
-    return a.logits.shape == b.logits.shape and torch.equal(a.logits.nan_to_num(), b.logits.nan_to_num())
+    """Return whether two stores of the same samples, in the same order, hold the same outputs and scores."""
+    scores = a.scores.keys() == b.scores.keys() and all(_same(a.scores[name], b.scores[name]) for name in a.scores)
+    return scores and _same(a.logits, b.logits)
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Return whether two tensors are equal, NaN where the other is NaN."""
+    if a is None or b is None:
+        return a is b
+    kept = [torch.nan_to_num(side, nan=0.0, posinf=math.inf, neginf=-math.inf) for side in (a, b)]
+    return a.shape == b.shape and torch.equal(a.isnan(), b.isnan()) and torch.equal(kept[0], kept[1])
 
 
 def discordance_interval(gain: Tensor, clusters: Tensor | None, confidence: float = 0.95) -> tuple[float, float]:
     """Return an interval for the mean of paired gains in {-1, 0, 1}, valid also when few samples differ.
 
     One gain and one loss are added before the Wald interval is taken; a bootstrap would see no variance where all the
-    few differences point one way. With clusters, gains are summed in them and the variance is the cluster-robust one.
+    few differences point one way. With clusters, gains are summed in them, the variance is the cluster-robust one, and
+    each of the two stands for D samples: the design effect (S + m^2) / (Q + m) with the sums S of squared cluster sums
+    and Q of squared gains, and the typical cluster size m = sum m_g^2 / N. Where no gain is seen D is m, for whole
+    clusters may then change.
 
     Args:
-        gain: float64 (N,), 1 where only the second is right, -1 where only the first is.
+        gain: float64 (N,) in [-1, 1]: 1 where only the second is right, -1 where only the first is.
         clusters: int64 (N,) codes of the unit, or None for independent samples.
         confidence: Coverage in (0, 1).
 
@@ -124,17 +171,21 @@ def discordance_interval(gain: Tensor, clusters: Tensor | None, confidence: floa
         Bonett and Price, Adjusted Wald confidence interval for a difference of binomial proportions based on paired
         data, 2012.
     """
-    count = len(gain) + 2
-    mean = float(gain.sum()) / count
     if clusters is None:
+        count = len(gain) + 2.0
+        mean = float(gain.sum()) / count
         variance = (float(gain.square().sum()) + 2) / count - mean**2
         quantile = float(norm.ppf((1 + confidence) / 2))
         spread = math.sqrt(variance / count)
     else:
-        codes, inverse = torch.unique(clusters, return_inverse=True)
-        units = len(codes) + 2
-        sums = gain.new_zeros(len(codes)).index_add_(0, inverse, gain - mean)
-        total = float(sums.square().sum()) + (1 - mean) ** 2 + (1 + mean) ** 2
+        inverse, sizes = torch.unique(clusters, return_inverse=True, return_counts=True)[1:]
+        sizes, sums = sizes.to(torch.float64), gain.new_zeros(len(sizes)).index_add_(0, inverse, gain)
+        typical = float(sizes.square().sum()) / len(gain)
+        effect = (float(sums.square().sum()) + typical**2) / (float(gain.square().sum()) + typical)
+        effect = min(max(effect, 1.0), typical)
+        units, count = len(sizes) + 2, len(gain) + 2 * effect
+        mean = float(gain.sum()) / count
+        total = float((sums - sizes * mean).square().sum()) + effect**2 * ((1 - mean) ** 2 + (1 + mean) ** 2)
         quantile = float(t.ppf((1 + confidence) / 2, units - 1))
         spread = math.sqrt(units / (units - 1) * total) / count
     return max(-1.0, mean - quantile * spread), min(1.0, mean + quantile * spread)

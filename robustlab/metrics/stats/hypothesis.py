@@ -156,7 +156,8 @@ def permutation_test(
     """Return the two-sided p-value of a metric's difference, by swapping the two models' answers to whole units.
 
     p = (1 + draws at least as extreme) / (1 + draws); NaN where the metric is undefined. Draws in which a side is
-    undefined count as extreme. Both models have the operating points of the one context.
+    undefined count as extreme. Both models have the operating points of the one context. Metrics that leave out rows
+    which are not finite are compared on the rows that are finite on both sides.
 
     Args:
         a: Predictions of one model.
@@ -168,7 +169,7 @@ def permutation_test(
         draws: Number of draws, at least 1.
 
     Raises:
-        ConfigError: The ids differ or repeat, or the metric cannot be compared.
+        ConfigError: The ids differ or repeat, or the metric cannot be compared, or depends on the number of samples.
         LabelError: The two hold different labels for the same ids.
         RangeError: There is no draw.
     """
@@ -177,10 +178,27 @@ def permutation_test(
     b = matched(a, b)
     if (a.answers_only or b.answers_only) and not item.from_answers:
         return math.nan
+    both = a.finite & b.finite
+    if not item.keeps_broken and not bool(both.all()):
+        a, b = a.select(both), b.select(both)
     codes, inverse = torch.unique(units_of(a), return_inverse=True)
     statistic = item.statistics(_together(a, b, inverse), context).get(target)
     if statistic is None:
         return math.nan
+    own = torch.arange(2, device=a.ids.device).repeat_interleave(len(a)) == 0
+    inside = statistic(torch.stack([own, ~own], 1).to(torch.float64)).tolist()
+    alone = [item.point(store, context).get(target, math.nan) for store in (a, b)]
+    if not all(
+        math.isclose(x, y, rel_tol=1e-6, abs_tol=1e-6)
+        for x, y in zip(inside, alone, strict=True)
+        if not math.isnan(x) and not math.isnan(y)
+    ):
+        raise ConfigError(
+            "permutation_test",
+            "a metric that depends on the weights of samples alone",
+            f"{metric!r}, which also depends on their number or on bins that they decide",
+            "Use compare_metric.",
+        )
 
     def difference(flips: Tensor) -> Tensor:
         own = (~flips).to(torch.float64)

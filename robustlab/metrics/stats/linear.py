@@ -15,6 +15,8 @@ from robustlab.metrics.store import PredictionStore
 from .bootstrap import UNBOUNDED, Bounds
 from .proportions import unit_count
 
+_ROUNDING = 1e-12  # influence values that should cancel leave so much
+
 
 @dataclass(frozen=True, eq=False)
 class Linear:
@@ -163,7 +165,7 @@ def estimate_of(
     if math.isnan(error):
         return Estimate(linear.value, math.nan, math.nan, n, units, method, "too_few_units")
     inside = bounds[0] < linear.value < bounds[1]
-    if error == 0 or not inside:
+    if error <= _ROUNDING * max(1.0, abs(linear.value)) or not inside:
         return Estimate(linear.value, math.nan, math.nan, n, units, method, "no_variance")
     low, high = linear_interval(linear.value, error, freedom, confidence=confidence, bounds=bounds)
     return Estimate(linear.value, low, high, n, units, method)

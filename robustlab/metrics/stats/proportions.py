@@ -70,6 +70,22 @@ def jeffreys(successes: float, n: float, *, confidence: float = 0.95) -> tuple[f
     return low, 1.0 if successes >= n else float(beta.isf(tail, successes + 0.5, n - successes + 0.5))
 
 
+def mover(parts: Sequence[Estimate], *, bounds: tuple[float, float] = (-1.0, 1.0)) -> tuple[float, float]:
+    """Return the interval of a mean of independent quantities from their own intervals.
+
+    Args:
+        parts: Their estimates, each with an interval.
+        bounds: Valid range of the mean.
+
+    References:
+        Zou and Donner, Construction of confidence limits about effect measures: a general approach, 2008.
+    """
+    value = sum(part.value for part in parts) / len(parts)
+    down = math.sqrt(sum((part.value - part.low) ** 2 for part in parts)) / len(parts)
+    up = math.sqrt(sum((part.high - part.value) ** 2 for part in parts)) / len(parts)
+    return max(bounds[0], value - down), min(bounds[1], value + up)
+
+
 def unit_count(clusters: Tensor | None, rows: Tensor) -> int:
     """Return how many independent units the rows (bool (N,)) hold: clusters, or samples without clusters."""
     return int(rows.sum()) if clusters is None else len(torch.unique(clusters[rows]))

@@ -36,7 +36,9 @@ def from_probs(p: np.ndarray, labels: np.ndarray, **more: object) -> PredictionS
 
 
 def one(store: PredictionStore, name: str, replicates: int = 200) -> Estimate:
-    (value,) = compute(store, Context(Resampler(replicates=replicates)), [name])
+    value, *labels = compute(store, Context(Resampler(replicates=replicates)), [name])
+    assert value.target == ""
+    assert all(item.target for item in labels)
     return value.estimate
 
 
@@ -78,6 +80,10 @@ def test_multilabel_is_the_mean_over_labels() -> None:
             p = 1 / (1 + np.exp(-logits[rows, index].astype(np.float32).astype(np.float64)))
             parts.append(one(from_probs(p, labels[rows, index]), name).value * factor)
         assert one(store, name).value == pytest.approx(np.mean(parts), abs=1e-6)
+        listed = {item.target: item.estimate for item in compute(store, Context(Resampler()), [name])[1:]}
+        assert [listed[label].value for label in "012"] == pytest.approx(parts, abs=1e-6)
+        assert [listed[label].n for label in "012"] == [70, 80, 80]
+        assert all(item.low < item.value < item.high or name == "ece" for item in listed.values())
 
 
 def test_null_error_is_the_mean_ece_of_calibrated_draws() -> None:

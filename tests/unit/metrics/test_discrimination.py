@@ -4,14 +4,15 @@ from itertools import permutations
 
 import pytest
 import torch
+from scipy.stats import t
 
 import robustlab.metrics.agreement  # noqa: F401 - registers
 from robustlab.core.errors import ConfigError, RangeError
 from robustlab.core.registry import METRICS
 from robustlab.metrics import Context, Estimate, Frozen, Metric, PredictionStore, Resampler, compute, wilson
 from robustlab.metrics.classification import ppv_at_prevalence
-from robustlab.metrics.ranking import rank_keys
-from robustlab.metrics.stats import delong, linearise
+from robustlab.metrics.rankings import rank_keys
+from robustlab.metrics.stats import delong, linearise, spread, unit_sums
 
 OURS = [
     "accuracy", "top-3-accuracy", "top-5-accuracy", "balanced-accuracy", "sensitivity", "specificity", "ppv", "npv",
@@ -93,13 +94,36 @@ def test_duplicates_narrow_only_the_unclustered_interval(make_store, name: str, 
 
 @pytest.mark.parametrize("name", ["auroc", "auroc-weighted"])
 @pytest.mark.parametrize(("classes", "task"), [(7, "multiclass"), (3, "multilabel")])
-def test_influence_of_the_mean_area_is_its_derivative(make_store, name: str, classes: int, task: str) -> None:
-    store = make_store(150, classes, task=task)
+@pytest.mark.parametrize("per_cluster", [0, 2])
+def test_error_of_the_mean_area_is_that_of_its_derivatives(
+    make_store, name: str, classes: int, task: str, per_cluster: int
+) -> None:
+    """P / (P - 1) on each side, instead of U / (U - 1) for all, vanishes with the number of samples."""
+    store = make_store(6000, classes, task=task, per_cluster=per_cluster)
     metric = METRICS.get(name)()
-    made, _ = metric._defined(store)
+    made, entered = metric._defined(store)
     values = torch.stack([metric._value(item) for item in made])
     linear = linearise(metric.statistics(store, context())[""], len(store))
-    torch.testing.assert_close(metric._influence(store, made, values), linear.influence, atol=1e-14, rtol=1e-9)
+    error, _ = spread(unit_sums(linear.influence, store.clusters, entered))
+    assert metric._spread(store, made, values, 0.95)[0] == pytest.approx(error, rel=5e-3)
+
+
+@pytest.mark.parametrize("per_cluster", [0, 3])
+def test_the_mean_of_one_label_twice_has_the_interval_of_one(make_store, per_cluster: int) -> None:
+    plain = make_store(90, 1, task="multilabel", per_cluster=per_cluster)
+    twice = dataclasses.replace(plain, logits=plain.logits.repeat(1, 2), labels=plain.labels.repeat(1, 2))
+    single, double = (one(store, "auroc") for store in (plain, twice))
+    assert single.low < single.value < single.high
+    middle = [math.log(end / (1 - end)) for end in (double.low, double.high)]
+    known = plain.select(plain.labels[:, 0] >= 0)
+    made = delong(known.logits[:, 0], known.labels[:, 0] == 1, known.clusters)
+    slope = single.value * (1 - single.value)
+    metric = METRICS.get("auroc")()
+    items, _ = metric._defined(twice)
+    values = torch.stack([metric._value(item) for item in items])
+    error, freedom = metric._spread(twice, items, values, 0.95)
+    assert error == pytest.approx(float(made.covariance[0, 0]) ** 0.5, rel=1e-9 if not per_cluster else 0.05)
+    assert middle[1] - middle[0] == pytest.approx(2 * t.ppf(0.975, freedom) * error / slope, rel=1e-9)
 
 
 @pytest.mark.parametrize("per_cluster", [0, 3])
