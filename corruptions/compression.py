@@ -82,6 +82,7 @@ class JPEG(Corruption):
 
     family: ClassVar[str] = "compression"
     stage: ClassVar[str] = "compression"
+    gradual: ClassVar[bool] = False
     quality: Levels = Levels((50, 30, 20, 13, 8), identity=100.0, unit="libjpeg quality", scale="log")
 
     def __post_init__(self) -> None:

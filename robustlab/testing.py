@@ -25,7 +25,9 @@ from robustlab.core.types import Batch, ImageSpec
 
 __all__ = ["ContractError", "check_corruption", "textured"]
 
-SIZES = ((1, 1), (1, 7), (28, 28), (31, 33), (64, 64), (221, 219))
+SIZES = ((1, 1), (1, 7), (28, 28), (31, 33), (64, 64), (233, 229))  # the last above 224, the usual field
+_LEAST = 1e-4  # severity at which nearly nothing may change
+_BEGINNING = 0.1  # of the change at severity 1; whole pixels and photons need a few percent
 DTYPES = (torch.float16, torch.float32, torch.float64)
 
 
@@ -53,12 +55,13 @@ def textured(count: int, channels: int, height: int, width: int, seed: int = 0) 
 def check_corruption(corruption: Corruption | type[Corruption]) -> None:
     """Check what every corruption promises; returns if all holds.
 
-    Severity 0 is the identity bit for bit; shape, dtype and [0, 1] are kept at every size from 1 x 1 to 221 x 219 and
-    the input, floats or bytes, is left alone; a sample's result depends on neither its batch, its order, the memory
-    layout nor the number of threads; draws are keyed by seed, epoch and id (those of a device: by seed), and know
-    neither pixels nor severity; global random state is neither read nor changed; bytes in give the rounded result of
-    floats in; parameters can be fixed by ``at``; the configuration survives JSON and pickle; in physical mode the mean
-    absolute change rises strictly over severities 1 to 5. While it runs, it changes torch's number of threads.
+    Severity 0 is the identity bit for bit; shape, dtype and [0, 1] are kept at every size from 1 x 1 to 233 x 229 and
+    on images of one value, and the input, floats or bytes, is left alone; a sample's result depends on neither its
+    batch, its order, the memory layout nor the number of threads; draws are keyed by seed, epoch and id (those of a
+    device: by seed), and know neither pixels nor severity; global random state is neither read nor changed; bytes in
+    give the rounded result of floats in; parameters can be fixed by ``at``; the configuration survives JSON and pickle;
+    in physical mode the mean absolute change begins near 0 (unless the class says ``gradual = False``) and rises
+    strictly over severities 1 to 5. While it runs, it changes torch's number of threads.
 
     Args:
         corruption: An instance, or a class that can be made without arguments.
@@ -137,6 +140,17 @@ def check_form(corruption: Corruption) -> None:
             f"to none, up to {2 * least[0] + 1} x {2 * least[1] + 3} px",
             "Mend min_size, channels or skip_reason.",
         )
+
+
+def check_constant(corruption: Corruption) -> None:
+    """Images of one value, black, grey or white, stay images: nothing is divided by an image's own range or spread."""
+    least = _size(corruption, (16, 19))
+    for level, dtype in itertools.product((0, 128, 255), (torch.float32, torch.uint8)):
+        given = torch.full((2, _channels(corruption), *least), level, dtype=torch.uint8)
+        batch = Batch(given if dtype == torch.uint8 else from_bytes(given), None, torch.arange(70, 72))
+        for severity in (0.3, 3.0, 5.0):
+            where = f"{corruption!r} on {dtype} images of grey level {level} at severity {severity:g}"
+            _form(where, batch.images, _run(corruption, batch, severity), corruption.storable)
 
 
 def check_batch(corruption: Corruption) -> None:
@@ -259,6 +273,21 @@ def check_parameters(corruption: Corruption) -> None:
         raise ContractError(repr(corruption), "a frozen dataclass", type(corruption).__name__, "Decorate it.")
 
 
+def check_beginning(corruption: Corruption) -> None:
+    """In physical mode a severity close to 0 changes close to nothing: ``identity`` is where the levels begin."""
+    if corruption.mode == "reference" or not corruption.gradual:
+        return
+    images = textured(6, _channels(corruption), *_size(corruption, (64, 64)), seed=2)
+    least, first = ((corruption(images, at) - images).abs().mean().item() for at in (_LEAST, 1))
+    if least > _BEGINNING * first:
+        raise ContractError(
+            f"{corruption!r} at severity {_LEAST:g}",
+            f"a mean change of at most {_BEGINNING * first:.3g}, {_BEGINNING:.0%} of that at severity 1",
+            f"{least:.3g}",
+            "Set identity= of each Levels to what changes nothing; where a step comes first, set gradual = False.",
+        )
+
+
 def check_harm(corruption: Corruption) -> None:
     """In physical mode the mean absolute change rises strictly over severities 0 to 5."""
     if corruption.mode == "reference":
@@ -278,12 +307,14 @@ CHECKS: tuple[Callable[[Corruption], None], ...] = (
     check_metadata,
     check_identity,
     check_form,
+    check_constant,
     check_batch,
     check_draws,
     check_global_state,
     check_bytes,
     check_parameters,
     check_harm,
+    check_beginning,
 )
 
 _CORE = "Leave on(), perform() and at() to the base class."

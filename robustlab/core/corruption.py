@@ -47,6 +47,7 @@ class Corruption(Shift):
     display values or optical density. ``modalities`` names those for which it is made (None: any), ``seen_in`` those
     where it is met, for lists. ``min_size`` is the shortest side that it can work on.
     ``keyed_by`` is ``"device"`` where the draws belong to the scanner: all its images share them, in any epoch.
+    ``gradual`` is False where the slightest severity is a visible step already, as saving through a codec is.
     """
 
     family: ClassVar[str] = "other"
@@ -59,6 +60,7 @@ class Corruption(Shift):
     seen_in: ClassVar[tuple[str, ...] | None] = None
     label_safety: ClassVar[Literal["safe", "conditional", "unsafe"]] = "safe"
     keyed_by: ClassVar[Literal["sample", "device"]] = "sample"
+    gradual: ClassVar[bool] = True
 
     def draw(self, rng: SampleRng, shape: tuple[int, int, int]) -> Draws:
         """Return random tensors (N, ...) for images of ``shape`` (C, H, W); may not depend on pixels or severity.

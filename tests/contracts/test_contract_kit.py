@@ -158,7 +158,25 @@ def draws_in_place(self, images, draws, values):
     return images * (1 - values["amount"]) + 0.01 * draws["z"].add_(1)
 
 
+def own_range(self, images, draws, values):
+    low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+    return (images - low) / (high - low) * (1 - values["amount"])
+
+
+def jump(self, images, draws, values):
+    return images * (1 - 0.2 - values["amount"])
+
+
+def hard_coded(self, images, draws, values):
+    field = torch.linspace(0, 1, 224).expand(224, 224)[: images.shape[2], : images.shape[3]]
+    return images * (1 - values["amount"] * field)
+
+
 BROKEN = {
+    "own range": ({"apply": own_range, "min_size": 8}, r"grey level 0 .*finite"),
+    "jump at the start": ({"apply": jump}, r"severity 0.0001: .*a mean change of at most"),
+    "wrong identity": ({"amount": Levels((0.1, 0.2, 0.3, 0.4, 0.5), identity=0.08, unit="x")}, "identity="),
+    "field of 224 px": ({"apply": hard_coded}, r"check form|233"),
     "in-place": ({"apply": in_place}, "left alone"),
     "in-place if not storable": (
         {"apply": in_place, "storable": property(lambda self: False)},
@@ -211,6 +229,10 @@ def test_a_broken_one_is_told_what_it_breaks(fault):
     members, words = BROKEN[fault]
     with pytest.raises(ContractError, match=words):
         check_corruption(named(fault.replace(" ", "-"), **members))
+
+
+def test_a_step_may_come_first_where_that_is_said():
+    check_corruption(named("stepped", apply=jump, gradual=False))
 
 
 def test_one_that_applies_to_nothing_is_told_so():
