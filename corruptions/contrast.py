@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -154,6 +154,7 @@ class Brightness(_EitherWay):
 
     family: ClassVar[str] = "contrast"
     stage: ClassVar[str] = "exposure"
+    label_safety: ClassVar[Literal["safe", "conditional", "unsafe"]] = "conditional"
     gain: Levels = Levels((1.15, 1.3, 1.5, 1.8, 2.2), identity=1.0, unit="x exposure", scale="log")
 
     def __post_init__(self) -> None:

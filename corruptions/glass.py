@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import cv2
 import numpy as np
@@ -58,10 +58,11 @@ def gather(images: Tensor, row: Tensor, column: Tensor) -> Tensor:
 @CORRUPTIONS.register("glass-blur")
 @dataclass(frozen=True)
 class GlassBlur(Corruption):
-    """A rough film in front of the lens: each pixel shows the one at a random place near it.
+    """A rough surface in front of the lens scatters pixels: each shows the one at a random place near it.
 
-    Offsets are symmetric and pixels are only read, so content does not drift and none is written over, unlike in the
-    published operator (``ref:glass-blur``).
+    Nothing is averaged: fine structure is torn up rather than smoothed, and strong levels look grainy. Offsets are
+    symmetric and pixels are only read, so content does not drift and none is written over, unlike in the published
+    operator (``ref:glass-blur``).
 
     Args:
         reach: Farthest offset along each axis, in percent of the image height, 0 to 50.
@@ -70,6 +71,7 @@ class GlassBlur(Corruption):
     family: ClassVar[str] = "blur"
     stage: ClassVar[str] = "optics"
     seen_in: ClassVar[tuple[str, ...] | None] = ("endoscopy", "fundus")
+    label_safety: ClassVar[Literal["safe", "conditional", "unsafe"]] = "conditional"
     reach: Levels = Levels((0.13, 0.3, 0.6, 1.1, 1.8), identity=0.0, unit="% of image height", scale="log")
 
     def __post_init__(self) -> None:

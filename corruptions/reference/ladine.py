@@ -45,6 +45,7 @@ class RefLadineNoise(LadineShift):
     family: ClassVar[str] = "noise"
     stage: ClassVar[str] = "electronics"
     seen_in: ClassVar[tuple[str, ...] | None] = ("xray", "dermoscopy")
+    label_safety: ClassVar[Literal["safe", "conditional", "unsafe"]] = "conditional"
     sigma: Levels = Levels((0.1, 0.2, 0.35, 0.5, 1.0), identity=0.0, unit="of full range", scale="log")
 
     def __post_init__(self) -> None:
@@ -72,6 +73,7 @@ class RefLadineResolution(LadineShift):
     family: ClassVar[str] = "resolution"
     stage: ClassVar[str] = "sampling"
     seen_in: ClassVar[tuple[str, ...] | None] = ("xray", "dermoscopy")
+    label_safety: ClassVar[Literal["safe", "conditional", "unsafe"]] = "conditional"
     factor: Levels = Levels((2, 3, 4, 6, 8), identity=1.0, unit="x pixel size", scale="log")
 
     def __post_init__(self) -> None:

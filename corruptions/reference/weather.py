@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import ClassVar, Literal
 
@@ -24,7 +24,7 @@ from robustlab.core.registry import CORRUPTIONS
 from robustlab.core.rng import SampleRng
 from robustlab.core.shift import from_bytes
 
-from ._frost import PUBLISHED, stacked_on
+from ._frost import PUBLISHED, content_of, stacked_on
 from ._scipy import centre_crop
 from .base import Reference
 from .motion import RefMotionBlur
@@ -291,8 +291,9 @@ class RefFrost(Reference):
 
     With ``textures``, a folder that holds the published frost pictures (frost1.png to frost3.png, frost4.jpg,
     frost5.jpg), it follows the published code step for step. The pictures are no part of this package; without a folder
-    our own take their place: an own design of ridged noise and branching crystals, near the published pictures in mean
-    colour and spread. A picture that is no larger than the image is enlarged, where the published code fails.
+    our own take their place, and the label says so: an own design of ridged noise and branching crystals, near the
+    published pictures in mean colour and spread. A picture that is no larger than the image is enlarged, where the
+    published code fails.
 
     Args:
         image_share: Factor of the image.
@@ -300,6 +301,8 @@ class RefFrost(Reference):
         textures: Folder with the published pictures; empty for our own.
         scale: Factor to which the pictures' sides are reduced first, linearly: 1 in the 224 px generator, 0.3 in the
             64 px and 0.2 in the 32 px one.
+        content: Hash of the published pictures, found by itself where the folder can be read: part of what the shift
+            is, so that results with other pictures under the same path are not taken for these.
 
     References:
         D. Hendrycks, T. Dietterich, "Benchmarking neural network robustness to common corruptions", 2019, 1903.12261.
@@ -313,6 +316,11 @@ class RefFrost(Reference):
     frost_share: Levels = Levels((0.4, 0.6, 0.7, 0.7, 0.75), identity=0.0, unit="of the frost")
     textures: str = ""
     scale: float = 1.0
+    content: str = field(default="", repr=False)
+
+    @property
+    def label(self) -> str:
+        return super().label if self.textures else f"{super().label} (drawn)"
 
     def __post_init__(self) -> None:
         check_levels(self, "image_share", self.image_share, 0, 1)
@@ -325,6 +333,8 @@ class RefFrost(Reference):
             raise KindError("RefFrost", "scale as a number from 0.01 to 1", repr(self.scale), "Write e.g. scale=0.3.")
         if not 0.01 <= self.scale <= 1:
             raise RangeError("RefFrost", "scale from 0.01 to 1", f"{self.scale}", "1 leaves the pictures as they are.")
+        # what was stored stands where the folder is out of reach, as for reading a report on another machine
+        object.__setattr__(self, "content", content_of(self.textures) or (self.content if self.textures else ""))
 
     def draw(self, rng: SampleRng, shape: tuple[int, int, int]) -> Draws:
         del shape

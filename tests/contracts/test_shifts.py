@@ -257,6 +257,14 @@ def test_metadata_is_complete(corruption):
     assert (type(corruption).__doc__ or "").splitlines()[0].endswith(".")
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["brightness", "down-up-sampling", "glass-blur", "ref:glass-blur", "ref:ladine-noise", "ref:ladine-resolution"],
+)
+def test_what_may_hide_the_finding_says_so(name):
+    assert CORRUPTIONS.get(name).label_safety == "conditional"
+
+
 def test_global_random_state_is_neither_read_nor_changed(shift):
     batch = batch_of(4, channels_of(shift), *fitting(shift, 16, 16))
     results = []

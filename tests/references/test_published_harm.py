@@ -20,14 +20,14 @@ STEPS = ("1-2", "2-3", "3-4", "4-5")
 NOT_RISING = {
     "cifar-10-c": {
         "elastic_transform": "----",
-        "frost": "++--",
+        "frost (drawn)": "++--",
         "glass_blur": "+-+-",
         "motion_blur": "++-+",
     },
     "cifar-10-c-extra": {"saturate": "+-++", "spatter": "++-+"},
     "tiny-imagenet-c": {
         "elastic_transform": "-?--",
-        "frost": "+-++",
+        "frost (drawn)": "+-++",
         "glass_blur": "-+-+",
         "pixelate": "+++?",
     },
@@ -35,7 +35,7 @@ NOT_RISING = {
     "imagenet-c": {
         "elastic_transform": "+-++",
         "fog": "++?+",
-        "frost": "++-+",
+        "frost (drawn)": "++-+",
         "glass_blur": "?+-+",
         "snow": "+-++",
     },

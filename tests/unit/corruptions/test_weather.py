@@ -11,10 +11,11 @@ import torch
 from corruptions.reference._frost import PUBLISHED, pictures, stacked, stacked_on
 from corruptions.reference.spatter import RefSpatter, smooth
 from corruptions.reference.weather import RefFog, RefFrost, RefSnow, plasma, plasma_side
+from corruptions.suites import imagenet_c
 from robustlab.core.corruption import STAGES
 from robustlab.core.errors import DataFileError, KindError, RangeError
 from robustlab.core.shift import ShiftContext, from_bytes
-from robustlab.core.spec import canonical_json, from_dict
+from robustlab.core.spec import canonical_json, fingerprint, from_dict, to_dict
 from robustlab.core.types import Batch
 
 SHIFTS = [RefFog(), RefSnow(), RefFrost(), RefSpatter()]
@@ -197,6 +198,34 @@ def test_frost_arguments_of_another_kind_are_refused(wrong, message):
 def test_frost_pictures_are_kept_on_their_device():
     first, again = (stacked_on(torch.device("cpu"), "", 0.2, 20, 20) for _ in range(2))
     assert all(one is other for one, other in zip(first, again, strict=True))
+
+
+def frost_folder(folder, colours):
+    folder.mkdir()
+    for name, colour in zip(PUBLISHED, colours, strict=True):
+        cv2.imwrite(str(folder / name), np.full((40, 50, 3), colour, np.uint8))
+    return str(folder)
+
+
+def test_published_frost_is_known_by_its_pictures(tmp_path):
+    same, again = (RefFrost(textures=frost_folder(tmp_path / name, range(5))) for name in ("a", "b"))
+    assert same.content == again.content != ""
+    swapped = RefFrost(textures=frost_folder(tmp_path / "c", (0, 1, 3, 2, 4)))
+    assert swapped.content != same.content
+    before = fingerprint(same)
+    cv2.imwrite(str(tmp_path / "a" / PUBLISHED[0]), np.full((40, 50, 3), 9, np.uint8))
+    assert fingerprint(RefFrost(textures=same.textures)) != before
+    (tmp_path / "b" / PUBLISHED[2]).unlink()
+    assert from_dict(to_dict(again)) == again, "a stored shift is read where its pictures are not"
+    assert RefFrost(content="x").content == ""
+
+
+def test_drawn_frost_is_called_drawn(tmp_path):
+    published = {shift.name: shift.label for shift in imagenet_c(textures=frost_folder(tmp_path / "a", range(5)))}
+    drawn = {shift.name: shift.label for shift in imagenet_c()}
+    assert (published["ref:frost"], drawn["ref:frost"]) == ("frost", "frost (drawn)")
+    assert RefFrost().label == "ref:frost (drawn)"
+    assert published.keys() == drawn.keys()
 
 
 def test_frost_scale_and_textures_are_part_of_the_identity():
