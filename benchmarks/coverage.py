@@ -86,11 +86,11 @@ def labels_of(n: int) -> np.ndarray[Any, Any]:
     return (np.arange(n) < n // 3).astype(np.int64)
 
 
-def store_of(scores: np.ndarray[Any, Any], labels: np.ndarray[Any, Any] | None, **more: Any) -> PredictionStore:
-    """Return two-class predictions whose log-odds are the scores."""
-    logits = torch.from_numpy(np.stack([np.zeros_like(scores), scores], 1))
+def store_of(values: np.ndarray[Any, Any], labels: np.ndarray[Any, Any] | None, **more: Any) -> PredictionStore:
+    """Return two-class predictions whose log-odds are the values."""
+    logits = torch.from_numpy(np.stack([np.zeros_like(values), values], 1))
     known = None if labels is None else torch.from_numpy(labels)
-    return PredictionStore(torch.arange(len(scores)), logits, known, "binary", **more)
+    return PredictionStore(torch.arange(len(values)), logits, known, "binary", **more)
 
 
 def ends(values: Iterable[Any]) -> Numbers:

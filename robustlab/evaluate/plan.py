@@ -31,6 +31,7 @@ class Condition:
         amount: Value of the shift's first parameter; NaN if it has none.
         unit: Its unit.
         parameters: Parameter name to (value, unit).
+        identity: Value of the first parameter at severity 0, which may be infinite; NaN if it has none.
     """
 
     key: str
@@ -40,6 +41,7 @@ class Condition:
     amount: float = float("nan")
     unit: str = ""
     parameters: Mapping[str, tuple[float, str]] = field(default_factory=dict)
+    identity: float = float("nan")
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,16 +212,23 @@ def _telling(conditions: tuple[Condition, ...]) -> tuple[Condition, ...]:
     amounts = [condition.amount for condition in conditions]
     if len(set(amounts)) == len(amounts) and all(condition.unit != "severity" for condition in conditions):
         return conditions
-    return tuple(dataclasses.replace(condition, amount=float("nan"), unit="") for condition in conditions)
+    nothing = float("nan")
+    return tuple(dataclasses.replace(item, amount=nothing, unit="", identity=nothing) for item in conditions)
 
 
 def _condition(shift: Shift, label: str, severity: float, spec: ImageSpec) -> Condition:
     parameters = dict(shift.parameters(severity))
-    amount, unit = next(iter(parameters.values()), (float("nan"), ""))
+    amount, unit = _first(parameters)
+    identity, _ = _first(shift.parameters(0.0))
     if isinstance(shift, Attack) and shift.norm == "linf":
-        amount, unit = spec.native(amount), spec.unit
+        amount, identity, unit = spec.native(amount), spec.native(identity), spec.unit
     kind: Kind = "attack" if isinstance(shift, Attack) else "corruption"
-    return Condition(f"{label}@{severity:g}", kind, label, severity, amount, unit, parameters)
+    return Condition(f"{label}@{severity:g}", kind, label, severity, amount, unit, parameters, identity)
+
+
+def _first(parameters: Mapping[str, tuple[float, str]]) -> tuple[float, str]:
+    """Return value and unit of the first parameter; NaN without one."""
+    return next(iter(parameters.values()), (float("nan"), ""))
 
 
 def describe(shift: Shift) -> tuple[object, str]:

@@ -77,8 +77,9 @@ def _sweep(label: str, severities: Sequence[float]) -> Sweep:
     for severity in severities:
         parameters = dict(shift.parameters(severity))
         amount, unit = next(iter(parameters.values()), (float("nan"), ""))
+        identity, _ = next(iter(shift.parameters(0.0).values()), (float("nan"), ""))
         key = f"{label}@{severity:g}"
-        conditions.append(Condition(key, "corruption", label, severity, amount, unit, parameters))
+        conditions.append(Condition(key, "corruption", label, severity, amount, unit, parameters, identity))
     return Sweep(shift, tuple(conditions))
 
 

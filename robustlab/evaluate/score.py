@@ -182,7 +182,7 @@ def summary_rows(
         over = Conditions(
             replace(stores[CLEAN.key]),
             tuple(
-                ConditionStore(c.key, c.label, c.severity, c.amount, c.unit, replace(stores[c.key]), c.kind)
+                ConditionStore(c.key, c.label, c.severity, c.amount, c.unit, replace(stores[c.key]), c.kind, c.identity)
                 for c in present
             ),
         )

@@ -1,4 +1,4 @@
-"""Failure threshold: the physical amount of a shift at which accuracy has fallen by five points."""
+"""Failure threshold: the physical amount of a shift at which accuracy, or another rate, has fallen by five points."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from robustlab.core.errors import ConfigError
 from robustlab.core.registry import METRICS
 
-from .base import ConditionMetric, Conditions, ConditionStore, Context, Estimate, MetricValue
+from .base import ConditionMetric, Conditions, ConditionStore, Context, Estimate, Metric, MetricValue
 from .robustness import paired
 from .stats import unit_count
-from .stats.compare import discordance_interval
+from .stats.compare import comparable, discordance_interval
 from .store import PredictionStore
-from .thresholds import decide_labels, labels_of
+from .thresholds import decide_labels
 
 DROP = 0.05
 
@@ -74,20 +76,34 @@ def crossing(severities: Sequence[float], values: Sequence[float], level: float)
     return math.inf
 
 
-def accuracy_gains(clean: PredictionStore, store: PredictionStore, context: Context) -> tuple[Tensor, Tensor]:
-    """Return (fall of accuracy, one number a sample with that mean, float64 (n,); entered, bool (N,)).
+def rate_falls(
+    clean: PredictionStore, store: PredictionStore, context: Context, metric: str = "accuracy", target: str = ""
+) -> tuple[Tensor, Tensor]:
+    """Return (fall of a rate, one number a sample with that mean, float64 (n,); entered, bool (N,)).
 
-    Of several labels with different annotation the numbers are the linear parts of the fall of the ratio.
+    Of the accuracy of several labels with different annotation the numbers are the linear parts of the fall of the
+    ratio.
 
     Args:
         clean: Clean predictions.
         store: Predictions of the same samples in the same order.
-        context: Operating points of multi-label decisions.
+        context: Operating points of decisions.
+        metric: Registered name.
+        target: Class or label.
+
+    Raises:
+        ConfigError: The metric is no share of rows that labels decide.
     """
-    if clean.task != "multilabel":
-        labels = labels_of(clean)
-        fall = (clean.predicted == labels).to(torch.float64) - (store.predicted == labels).to(torch.float64)
-        return fall, torch.ones_like(labels, dtype=torch.bool)
+    item = comparable(metric)
+    if clean.task != "multilabel" or metric != "accuracy":
+        first, second = (item.shares(side, context).get(target, ()) for side in (clean, store))
+        if type(item).shares is Metric.shares or len(first) > 1:
+            raise ConfigError("failure_threshold", "a share, such as 'accuracy'", repr(metric), "Name another metric.")
+        if not first or not second:
+            nothing = torch.zeros_like(clean.finite)
+            return nothing[nothing].to(torch.float64), nothing
+        (before, rows), (after, _) = first[0], second[0]
+        return before[rows].to(torch.float64) - after[rows].to(torch.float64), rows
     first, second = decide_labels(clean, context.frozen), decide_labels(store, context.frozen)
     asked = first.annotated.sum(1, dtype=torch.float64)
     entered = asked > 0
@@ -114,35 +130,64 @@ class FailureThreshold(ConditionMetric):
     direction = "none"
     default = True
     from_answers = True
+    of: ClassVar[str] = "accuracy"
 
     def compute(self, conditions: Conditions, context: Context) -> list[MetricValue]:
+        if self.of != "accuracy" and not conditions.clean.positive_class:
+            return []
         same = paired(conditions)
         made = []
         for shift, items in same.by_shift().items():
             scale = Scale.of(items)
-            estimate = failure_threshold(same.clean, items, context, scale)
+            estimate = failure_threshold(same.clean, items, context, scale, metric=self.of)
             made.append(MetricValue(self.name, estimate, self.direction, shift=shift, unit=scale.unit))
         return made
 
 
+@METRICS.register("failure-threshold-sensitivity")
+class SensitivityFailureThreshold(FailureThreshold):
+    """Amount of a shift at which sensitivity, at the frozen threshold, lies 5 points below clean; of two classes.
+
+    All else is as for ``failure-threshold``.
+    """
+
+    title = "Failure threshold (5 points of sensitivity)"
+    default = False
+    of = "sensitivity"
+
+
 def failure_threshold(
-    clean: PredictionStore, shifted: Sequence[ConditionStore], context: Context, scale: Scale, *, drop: float = DROP
+    clean: PredictionStore,
+    shifted: Sequence[ConditionStore],
+    context: Context,
+    scale: Scale,
+    *,
+    drop: float = DROP,
+    metric: str = "accuracy",
+    target: str = "",
 ) -> Estimate:
-    """Return the amount at which accuracy has fallen by ``drop``, as ``FailureThreshold`` says.
+    """Return the amount at which a rate has fallen by ``drop``, as ``FailureThreshold`` says.
 
     Args:
         clean: Clean predictions.
         shifted: Conditions of one shift, severities ascending, of the same samples in the same order.
         context: Operating points and confidence.
         scale: Its amounts.
-        drop: Fall of accuracy, in (0, 1).
+        drop: Fall of the rate, in (0, 1).
+        metric: ``"accuracy"``, or another share of rows that labels decide, such as ``"sensitivity"``.
+        target: Class or label, for metrics that have one value each.
+
+    Raises:
+        ConfigError: The metric is no such share.
     """
     curves: list[list[float]] = [[0.0], [0.0], [0.0]]
     entered = torch.zeros_like(clean.finite)
     for item in shifted:
-        gains, entered = accuracy_gains(clean, item.store, context)
+        gains, entered = rate_falls(clean, item.store, context, metric, target)
         if len(gains) == 0:
-            return Estimate.undefined("no_samples")
+            made = comparable(metric).compute(clean, context) if len(clean) else []
+            reasons = (value.estimate.reason for value in made if value.target == target)
+            return Estimate.undefined(next(reasons, "") or "no_samples", n=len(clean))
         clusters = None if clean.clusters is None else clean.clusters[entered]
         low, high = discordance_interval(gains, clusters, context.resampler.confidence)
         for curve, value in zip(curves, (float(gains.mean()), high, low), strict=True):
@@ -152,7 +197,7 @@ def failure_threshold(
     if math.isnan(far) and math.isfinite(severe):
         far = scale.amounts[1]
     low, high = (near, far) if scale.rising else (far, near)
-    note = f"; {drop:.0%} of accuracy, paired fall over {len(shifted)} severities"
+    note = f"; {drop:.0%} of {metric}, paired fall over {len(shifted)} severities"
     if math.isinf(at):
         reason = "not_reached"
         note += "; the end given is the amount up to which it is safe"

@@ -45,7 +45,8 @@ OF_RANKS = {
     "ece-equal-mass": COUNTS + "bins end at whole ranks, ceil(m N / M)",
 }
 ORDERED: dict[str, str] = {"kappa-quadratic": "classes are grades in order"}
-ONE_END = {"failure-threshold": "not reached, it still has an end: the amount up to which it is safe"}
+SAFE = "not reached, it still has an end: the amount up to which it is safe"
+ONE_END = {"failure-threshold": SAFE, "failure-threshold-sensitivity": SAFE}
 TOLD_BESIDE = {"coverage-at-risk": "0 with the reason that no coverage meets the risk"}
 POINT_OUTSIDE: dict[str, str] = {"ece": "reflected about the estimate, which carries the sampling bias once"}
 

@@ -13,7 +13,13 @@ from robustlab.core.errors import ConfigError, RangeError
 from robustlab.core.registry import METRICS
 from robustlab.metrics import Context, Estimate, Frozen, PredictionStore, Resampler, compute, paired_difference, wilson
 from robustlab.metrics.base import Conditions, ConditionStore, MetricValue
-from robustlab.metrics.failure_threshold import FailureThreshold, Scale, crossing
+from robustlab.metrics.failure_threshold import (
+    FailureThreshold,
+    Scale,
+    SensitivityFailureThreshold,
+    crossing,
+    failure_threshold,
+)
 from robustlab.metrics.relative_robustness import (
     condition_errors,
     corruption_error,
@@ -45,6 +51,7 @@ METRICS_OVER = (
     MeanCorruptionError,
     RelativeBalancedMeanCorruptionError,
     RelativeMeanCorruptionError,
+    SensitivityFailureThreshold,
     SeverityArea,
     WorstCondition,
 )
@@ -308,6 +315,22 @@ class TestFailureThreshold:
         assert made.estimate.high < 20
         assert (made.estimate.reason, made.direction) == ("", "none")
 
+    def test_of_sensitivity(self):
+        labels = (torch.arange(1000) < 200).long()  # all errors are among the positives
+        none, most = counts(1000, 0, 40)
+        conditions = over(none, {"a": [none, most]}, amounts=[1, 2], identity=0.0, labels=labels)
+        frozen = dataclasses.replace(CONTEXT, frozen=Frozen(torch.tensor([0.5], dtype=torch.float64)))
+        (made,) = SensitivityFailureThreshold().compute(conditions, frozen)
+        assert made.estimate.value == pytest.approx(1.25)  # 5 of 20 points between severities 1 and 2
+        assert "5% of sensitivity" in made.estimate.method
+        assert made.estimate.n == 200
+        (whole,) = FailureThreshold().compute(conditions, frozen)
+        assert whole.estimate.reason == "not_reached"  # 4 points of accuracy
+        assert SensitivityFailureThreshold().compute(conditions, CONTEXT)[0].estimate.reason == "no_val"
+        items = list(conditions.shifted)
+        with pytest.raises(ConfigError, match="a share"):
+            failure_threshold(conditions.clean, items, frozen, Scale.of(items), metric="auroc")
+
     def test_amounts_that_fall_turn_the_interval(self):
         made = self.value([0, 100, 300], amounts=[0.5, 0.3, 0.1], identity=1.0).estimate
         assert made.value == pytest.approx(0.4)
@@ -480,5 +503,6 @@ def test_answers_without_probabilities_are_enough():
     )
     for metric in METRICS_OVER:
         assert metric.from_answers
-        first, second = (repr(metric().compute(item, CONTEXT)) for item in (plain, conditions))
+        context = dataclasses.replace(CONTEXT, frozen=Frozen(torch.tensor([0.5], dtype=torch.float64)))
+        first, second = (repr(metric().compute(item, context)) for item in (plain, conditions))
         assert first == second
