@@ -43,6 +43,7 @@ from .relative_robustness import (
     condition_errors,
     corruption_error,
     effective_robustness,
+    errors_over_baseline,
     relative_corruption_error,
 )
 from .reliability import Reliability, reliability
@@ -109,6 +110,7 @@ __all__ = [
     "decide",
     "disagreement",
     "effective_robustness",
+    "errors_over_baseline",
     "excess_aurc",
     "expected_entropy",
     "failure_threshold",

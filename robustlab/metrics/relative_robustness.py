@@ -7,12 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
+import torch
 from scipy.special import expit, logit
 from scipy.stats import t
 
 from robustlab.core.errors import ConfigError, RangeError
 
 from .base import Conditions, Context, Estimate
+from .robustness import mean_of, paired, severity_mean, severity_rise, shift_values
+from .smooth import everyone
+from .stats import Linear, estimate_of
 from .stats.compare import comparable
 from .store import PredictionStore
 
@@ -48,11 +52,13 @@ class CorruptionErrors:
         ratios: Shift to ratio; NaN where the baseline's denominator is too small.
         raw: Shift to the numerator, as a mean over severities.
         reasons: Shift to ``"baseline_too_small"``, where that is so, or ``"undefined"``.
+        below: Shift to the denominator, as a mean over severities.
     """
 
     ratios: Mapping[str, float]
     raw: Mapping[str, float]
     reasons: Mapping[str, str]
+    below: Mapping[str, float]
 
     @property
     def defined(self) -> list[float]:
@@ -61,7 +67,10 @@ class CorruptionErrors:
 
     @property
     def mean(self) -> float:
-        """Mean of the defined ratios: mCE (or BE) and relative mCE (or rBE); NaN without any."""
+        """Mean of the defined ratios: mCE (or BE) and relative mCE (or rBE); NaN without any.
+
+        medmnistc divides by all denominators, negative ones too: that is ``minimum=-math.inf``.
+        """
         return fmean(self.defined) if self.defined else math.nan
 
     @property
@@ -124,7 +133,7 @@ def _ratios(
     baseline_clean: float,
     minimum: float,
 ) -> CorruptionErrors:
-    ratios, raw, reasons = {}, {}, {}
+    ratios, raw, reasons, denominators = {}, {}, {}, {}
     for shift, values in errors.items():
         base = baseline.get(shift, ())
         if not values or len(base) not in (1, len(values)):
@@ -135,14 +144,67 @@ def _ratios(
                 "Run model and baseline under the same conditions.",
             )
         raw[shift] = fmean(values) - clean
-        below = fmean(base) - baseline_clean
+        below = denominators[shift] = fmean(base) - baseline_clean
         if math.isnan(raw[shift]) or math.isnan(below):
             ratios[shift], reasons[shift] = math.nan, "undefined"
         elif below <= minimum:
             ratios[shift], reasons[shift] = math.nan, "baseline_too_small"
         else:
             ratios[shift] = raw[shift] / below
-    return CorruptionErrors(ratios, raw, reasons)
+    return CorruptionErrors(ratios, raw, reasons, denominators)
+
+
+def errors_over_baseline(
+    conditions: Conditions,
+    context: Context,
+    baseline: Mapping[str, Sequence[float]],
+    *,
+    baseline_clean: float | None = None,
+    metric: str = "balanced-accuracy",
+    minimum: float = MINIMUM,
+) -> dict[str, Estimate]:
+    """Return ``corruption_error`` of predictions with intervals: of every shift, and as ``""`` of the mean of these.
+
+    With ``baseline_clean`` it is ``relative_corruption_error``. Shifts whose denominator is too small leave the mean.
+    The baseline's numbers are taken as known without error, as those of published tables are; the interval is the one
+    of the model's errors, over patients where they are known.
+
+    Args:
+        conditions: Clean and shifted predictions.
+        context: Operating points and confidence.
+        baseline: Shift to the baseline's errors by severity, or to their mean.
+        baseline_clean: Its clean error.
+        metric: Registered name of a metric on labels with values in [0, 1], of which errors are 1 - metric.
+        minimum: Denominators up to this, as means over severities, give NaN with the reason ``baseline_too_small``.
+
+    Raises:
+        ConfigError: The baseline lacks a shift or a severity.
+    """
+    same = paired(conditions)
+    clean = same.clean
+    rise = baseline_clean is not None
+    found = shift_values(same, metric, context, severity_rise if rise else severity_mean)
+    who = "relative_corruption_error" if rise else "corruption_error"
+    values = {shift: [math.nan] * len(items) for shift, items in same.by_shift().items()}
+    below = _ratios(who, values, baseline, 0.0, baseline_clean or 0.0, minimum).below
+    parts = {}
+    for shift, part in found.items():
+        share = below[shift] if below[shift] > minimum else math.nan
+        parts[shift] = Linear(((0.0 if rise else 1.0) - part.value) / share, -part.influence / share)
+    kept = [part for part in parts.values() if not math.isnan(part.value)]
+    nothing = Linear(math.nan, torch.zeros_like(clean.ids, dtype=torch.float64))
+    whole = {"": mean_of(kept) if kept else nothing, **parts}
+    bounds = (-math.inf, math.inf) if rise else (0.0, math.inf)
+    out = {}
+    for shift, part in whole.items():
+        small = not kept if not shift else not below[shift] > minimum
+        note = f"; mean of {len(kept)} of {len(parts)} shifts" if not shift else ""
+        reason = "baseline_too_small" if small else "undefined"
+        confidence = context.resampler.confidence
+        out[shift] = estimate_of(
+            clean, part, everyone(clean), confidence=confidence, bounds=bounds, reason=reason, note=note
+        )
+    return out
 
 
 def effective_robustness(

@@ -57,7 +57,7 @@ def _linear(store: PredictionStore, metric: str, context: Context) -> Linear:
     return linearise(statistic, len(store), store.ids.device)
 
 
-def _shift_values(
+def shift_values(
     conditions: Conditions, metric: str, context: Context, coefficients: Coefficients
 ) -> dict[str, Linear]:
     """Return, for every shift, a linear combination of a metric's values on clean data and at each severity."""
@@ -73,7 +73,8 @@ def _shift_values(
     return found
 
 
-def _mean_of(parts: Sequence[Linear]) -> Linear:
+def mean_of(parts: Sequence[Linear]) -> Linear:
+    """Return the mean of several values with their influence values."""
     return Linear(fmean(part.value for part in parts), torch.stack([part.influence for part in parts]).mean(0))
 
 
@@ -87,11 +88,13 @@ def _without_rounding(part: Linear) -> Linear:
     return Linear(value, influence)
 
 
-def _severity_mean(severities: Sequence[float]) -> tuple[float, Sequence[float]]:
+def severity_mean(severities: Sequence[float]) -> tuple[float, Sequence[float]]:
+    """Return the coefficients of the mean over severities."""
     return 0.0, [1 / len(severities)] * len(severities)
 
 
-def _severity_rise(severities: Sequence[float]) -> tuple[float, Sequence[float]]:
+def severity_rise(severities: Sequence[float]) -> tuple[float, Sequence[float]]:
+    """Return the coefficients of the mean over severities minus the clean value."""
     return -1.0, [1 / len(severities)] * len(severities)
 
 
@@ -118,11 +121,11 @@ class _OverShifts(ConditionMetric):
         if not conditions.shifted:
             return []
         same = paired(conditions)
-        found = _shift_values(same, self.of, context, type(self).coefficients)
+        found = shift_values(same, self.of, context, type(self).coefficients)
         shifts = same.by_shift()
         parts = [(shift, shifts[shift], part, "") for shift, part in found.items()]
         if self.overall:
-            parts.insert(0, ("", list(same.shifted), _mean_of(list(found.values())), f" of {len(found)} shifts"))
+            parts.insert(0, ("", list(same.shifted), mean_of(list(found.values())), f" of {len(found)} shifts"))
         return [
             MetricValue(
                 self.name,
@@ -174,7 +177,7 @@ class MeanCorruptionError(_OverShifts):
     title = "Mean corruption error"
     direction = "lower"
     of = "accuracy"
-    coefficients = _severity_mean
+    coefficients = severity_mean
 
 
 @METRICS.register("mean-corruption-error-balanced")
@@ -195,7 +198,7 @@ class RelativeMeanCorruptionError(MeanCorruptionError):
     """Degradation: ``mean-corruption-error`` minus the clean error of the same samples, paired."""
 
     title = "Rise of the corruption error"
-    coefficients = _severity_rise
+    coefficients = severity_rise
     bounds = (-math.inf, math.inf)
 
 

@@ -26,6 +26,7 @@ from robustlab.metrics.relative_robustness import (
     condition_errors,
     corruption_error,
     effective_robustness,
+    errors_over_baseline,
     relative_corruption_error,
 )
 
@@ -107,6 +108,17 @@ def test_balanced_errors_and_their_ratios(task, kind):
             assert means.base[shift] - base_clean <= 0.01
         else:
             assert relative.ratios[shift] == pytest.approx(known[shift], abs=1e-9)
+    for rise, made_of in ((None, made), (base_clean, relative)):
+        found = errors_over_baseline(model, context, base, baseline_clean=rise)
+        for shift in SHIFTS:
+            assert found[shift].value == pytest.approx(made_of.ratios[shift], abs=1e-9, nan_ok=True)
+            told = made_of.reasons.get(shift, "")
+            assert found[shift].reason == told
+            assert bool(told) or found[shift].low < found[shift].value < found[shift].high
+        assert found[""].value == pytest.approx(made_of.mean, abs=1e-9, nan_ok=True)
+        assert f"mean of {len(made_of.defined)} of {len(SHIFTS)} shifts" in found[""].method or not made_of.defined
+    everything = errors_over_baseline(model, context, base, baseline_clean=base_clean, minimum=-math.inf)
+    assert everything[""].value == pytest.approx(known.mean(), rel=1e-9)  # as medmnistc does
     overall = {
         name: next(v for v in METRICS.get(name)().compute(model, context) if not v.shift).estimate.value
         for name in ("mean-corruption-error-balanced", "mean-corruption-error-relative-balanced")
