@@ -17,7 +17,7 @@ KINDS = ("corruptions", "combinators", "attacks", "suites", "detectors", "defens
 def list_(
     kind: Annotated[str, typer.Argument(help=f"One of: {', '.join(KINDS)}.")] = "corruptions",
     modality: Annotated[
-        str | None, typer.Option(help="Only corruptions that are met in this modality, e.g. xray.")
+        str | None, typer.Option(help="Only corruptions that are met in this modality, e.g. xray, mr or photo.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -27,7 +27,7 @@ def list_(
     """
     from robustlab.core.errors import ConfigError, UnknownNameError
     from robustlab.core.registry import REGISTRIES
-    from robustlab.evaluate.catalogue import amounts, entries_of, of_modality
+    from robustlab.evaluate.catalogue import amounts, entries_of, fits
 
     singular = kind.removesuffix("s")
     if singular not in REGISTRIES:
@@ -36,7 +36,8 @@ def list_(
         raise ConfigError("robustlab list", "--modality with corruptions only", kind, "Leave it out.")
     entries = entries_of(REGISTRIES[singular])
     if modality is not None:
-        entries = of_modality(entries, modality)
+        tag = _known_modality(modality, entries)
+        entries = [entry for entry in entries if fits(entry, tag)]
     if as_json:
         typer.echo(json.dumps(entries, indent=2))
         return
@@ -50,6 +51,22 @@ def list_(
         for entry in entries:
             table.add_row(entry["name"], entry["about"])
     Console().print(table)
+
+
+def _known_modality(given: str, entries: list[dict[str, Any]]) -> str:
+    """Return the tag of a modality that robustlab, or a corruption of an installed plugin, names."""
+    from robustlab.core.errors import UnknownNameError
+    from robustlab.core.types import MODALITIES, like_modality, modality_tag
+
+    tag = modality_tag(given)
+    known = {
+        *MODALITIES,
+        *(name for entry in entries for key in ("made_for", "seen_in") for name in entry.get(key) or ()),
+    }
+    if tag not in known:
+        hint = like_modality(given) or "Check the spelling."
+        raise UnknownNameError("--modality", f"one of {', '.join(sorted(known))}", repr(given), hint.strip())
+    return tag
 
 
 def show(

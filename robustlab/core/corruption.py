@@ -14,7 +14,7 @@ from .errors import ConfigError
 from .levels import Levels
 from .rng import SampleRng
 from .shift import Shift, ShiftContext, from_bytes, to_bytes
-from .types import Batch, ImageSpec
+from .types import Batch, ImageSpec, modality_tag
 
 _BLOCK = 1 << 17  # pixels worked on at once on the CPU: 512 KB as float32, which stays in a core's cache
 
@@ -138,7 +138,8 @@ class Corruption(Shift):
         if self.channels is not None and spec.channels not in self.channels:
             wanted = " or ".join(map(str, self.channels))
             return f"needs {wanted} channels, the images have {spec.channels}"
-        if self.modalities is not None and spec.modality is not None and spec.modality not in self.modalities:
+        made_for = map(modality_tag, self.modalities or ())
+        if self.modalities is not None and spec.modality is not None and spec.modality not in made_for:
             return f"made for {', '.join(self.modalities)}, the images are {spec.modality}"
         return None
 

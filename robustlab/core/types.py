@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,13 +12,42 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .errors import RangeError, ShapeError
+from .errors import KindError, RangeError, RobustlabWarning, ShapeError
 
 Task = Literal["binary", "multiclass", "multilabel"]
 OutputKind = Literal["logits", "log_probs", "probs"]
 
 TASKS: tuple[Task, ...] = ("binary", "multiclass", "multilabel")
 OUTPUTS: tuple[OutputKind, ...] = ("logits", "log_probs", "probs")
+
+MODALITIES = (
+    "ct",
+    "dermoscopy",
+    "endoscopy",
+    "fundus",
+    "histology",
+    "microscopy",
+    "mr",
+    "oct",
+    "photo",
+    "ultrasound",
+    "xray",
+)
+"""Modality tags that shifts and lists know; others may be used, and are met by what is tied to no modality."""
+
+_ALIASES = {"mri": "mr"}
+
+
+def modality_tag(tag: str) -> str:
+    """Return a modality tag as it is compared: lower case, without spaces around it, aliases replaced."""
+    plain = tag.strip().casefold()
+    return _ALIASES.get(plain, plain)
+
+
+def like_modality(tag: str) -> str:
+    """Return a hint of what an unknown tag may mean, e.g. ``"Did you mean 'xray'? "``; empty if nothing is close."""
+    close = difflib.get_close_matches(modality_tag(tag), (*MODALITIES, *_ALIASES), n=1)
+    return f"Did you mean {modality_tag(close[0])!r}? " if close else ""
 
 
 @dataclass(frozen=True)
@@ -31,7 +62,8 @@ class ImageSpec:
         range: Native value of 0 and of 1, in ``unit``.
         unit: Name of the native unit, e.g. ``"grey level"`` or ``"HU"``.
         bits: Bits a stored pixel has; None for floating point sources. 8-bit sources are re-quantised after a shift.
-        modality: Free tag such as ``"xray"`` or ``"histology"``; shifts may be tied to it.
+        modality: Tag such as ``"xray"`` or ``"histology"``, in any case (see ``MODALITIES``); shifts may be tied to it.
+            Any other tag is kept, with a warning.
     """
 
     channels: int
@@ -51,6 +83,22 @@ class ImageSpec:
             )
         if not self.range[0] < self.range[1]:
             raise RangeError("ImageSpec", "range=(low, high) with low < high", f"{self.range}", "Swap the two.")
+        if self.modality is not None:
+            object.__setattr__(self, "modality", self._known(self.modality))
+
+    @staticmethod
+    def _known(given: object) -> str:
+        if not isinstance(given, str):
+            raise KindError("ImageSpec", "modality as a string", f"{given!r}", f"Known are {', '.join(MODALITIES)}.")
+        tag = modality_tag(given)
+        if tag not in MODALITIES:
+            warnings.warn(
+                f"ImageSpec: {given!r} is no modality that our shifts know, so those made for another are left out. "
+                f"{like_modality(given)}Known are {', '.join(MODALITIES)}.",
+                RobustlabWarning,
+                stacklevel=4,
+            )
+        return tag
 
     def native(self, amount: float) -> float:
         """Return a difference on the [0, 1] scale in native units."""
