@@ -5,6 +5,8 @@ import itertools
 import json
 import pickle
 import random
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -263,6 +265,12 @@ def test_metadata_is_complete(corruption):
 )
 def test_what_may_hide_the_finding_says_so(name):
     assert CORRUPTIONS.get(name).label_safety == "conditional"
+
+
+def test_the_validation_page_has_a_row_for_it(corruption):
+    page = (Path(__file__).resolve().parents[2] / "docs" / "validation.md").read_text()
+    named = rf"^\|[^|]*(?<![\w:-]){re.escape(corruption.name)}(?![\w-])[^|]*\|"
+    assert re.search(named, page, flags=re.MULTILINE), "no row has it in its first column"
 
 
 def test_global_random_state_is_neither_read_nor_changed(shift):
