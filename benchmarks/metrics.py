@@ -141,14 +141,12 @@ def ood_rivals(inside: torch.Tensor, outside: torch.Tensor) -> dict[str, dict[st
         "aupr-ood-pos": {"scikit-learn": lambda: float(sk.average_precision_score(truth, numbers))},
         "fpr95-ood-pos": {},
     }
-    try:
-        from pytorch_ood.utils import metrics as po
-    except ImportError:
-        return found
+    from pytorch_ood.metrics import OODMetrics
+
     target = torch.where(out == 1, -1, 1)  # negative labels are OOD there
 
     def all_at_once() -> float:
-        made = po.OODMetrics()
+        made = OODMetrics()
         made.update(scores, target)
         return float(made.compute()["FPR95TPR"])
 

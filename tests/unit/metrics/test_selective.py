@@ -341,3 +341,14 @@ def test_multilabel_answers_are_wrong_with_any_annotated_label() -> None:
     made = one(store, "aurc", Frozen())
     assert made.n == 3
     assert made.value == pytest.approx((0 + 1 / 2 + 1 / 3) / 3)
+
+
+def test_rows_with_the_same_logits_in_another_order_are_equally_sure() -> None:
+    """A sum in another order ends on another last digit, which would decide ties in every selective metric."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn((500, 7), generator=generator)
+    order = torch.rand((500, 7), generator=generator).argsort(1)
+    sides = [PredictionStore(torch.arange(500), z, None, "multiclass") for z in (logits, logits.gather(1, order))]
+    first, second = (confidence(store) for store in sides)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, sides[0].log_odds.amax(1), rtol=1e-12, atol=1e-12)
