@@ -128,6 +128,10 @@ def test_equal_outputs_at_other_operating_points_are_not_identical():
     made = paired_difference(store, store, "sensitivity", CONTEXT, context_b=other)
     assert made.value > 0
     assert made.low < made.value < made.high
+    near = replace(CONTEXT.frozen, thresholds=torch.tensor([0.5 + 1e-9], dtype=torch.float64))
+    made = paired_difference(store, store, "sensitivity", CONTEXT, context_b=replace(CONTEXT, frozen=near))
+    assert made.value == 0  # no answer changes here, but others may
+    assert made.low < 0 < made.high
     same = paired_difference(store, store, "sensitivity", CONTEXT, context_b=replace(CONTEXT))
     assert (same.value, same.low, same.high, same.method) == (0.0, 0.0, 0.0, "identical predictions")
 
@@ -139,6 +143,11 @@ def test_equal_outputs_with_other_scores_are_not_identical():
     made = compare_metric(*sides, "silent-failure-rate", replace(CONTEXT, frozen=frozen))
     assert made.difference.value != 0
     assert made.difference.high - made.difference.low > 0.02  # about 20 of 400 answers differ
+    score = sides[0].scores["d"]
+    apart = replace(sides[0], scores={"d": torch.where(score >= 1, score + 1, score - 1)})
+    made = compare_metric(sides[0], apart, "silent-failure-rate", replace(CONTEXT, frozen=frozen))
+    assert made.difference.value == 0  # the scores differ, but not on which side of the threshold they are
+    assert made.difference.low < 0 < made.difference.high
 
 
 def test_zero_is_not_nan():
@@ -148,6 +157,10 @@ def test_zero_is_not_nan():
     made = paired_difference(store_of(torch.zeros((200, 2)), labels), store_of(broken, labels), "accuracy", CONTEXT)
     assert made.value == pytest.approx(-0.3)
     assert made.low < -0.3 < made.high < 0
+    wrong = torch.ones(200, dtype=torch.int64)
+    made = paired_difference(store_of(torch.zeros((200, 2)), wrong), store_of(broken, wrong), "accuracy", CONTEXT)
+    assert made.value == 0  # 60 answers were wrong, and now there is none
+    assert made.low < 0 < made.high
     infinite = store_of(torch.full((200, 2), math.inf), labels)
     largest = store_of(torch.full((200, 2), torch.finfo(torch.float32).max), labels)
     assert paired_difference(largest, infinite, "accuracy", CONTEXT).value == -1
