@@ -80,7 +80,8 @@ class Stored(Shift):
         return True
 
     def parameters(self, severity: float) -> Mapping[str, tuple[float, str]]:
-        return {"severity": (float(self._level(severity)), "severity")}
+        # severity 0 changes nothing, stored or not
+        return {"severity": (float(severity and self._level(severity)), "severity")}
 
     def skip_reason(self, spec: ImageSpec) -> str | None:
         if (spec.channels, *spec.size) == self.size:

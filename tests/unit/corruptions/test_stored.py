@@ -192,6 +192,7 @@ def test_other_severities_do_not_exist(made, severity):
     with pytest.raises(RangeError, match="1, 2, 3, 4, 5"):
         shift.parameters(severity)  # so that a plan is refused before it is run
     assert shift.parameters(3)["severity"] == (3.0, "severity")
+    assert shift.parameters(0)["severity"] == (0.0, "severity")
 
 
 def test_unknown_ids_are_refused(made):
