@@ -43,6 +43,7 @@ def newton(function: Callable[[Tensor], Local], start: Tensor) -> tuple[Tensor, 
         step = torch.linalg.solve(here.curvature, here.gradient[..., None]).squeeze(-1)
         decrement = (here.gradient * step).sum(-1)
         scale = torch.ones_like(decrement)
+        trial, there = point, here
         for _ in range(_HALVINGS):
             trial = point - scale[:, None] * step
             there = function(trial)
@@ -87,6 +88,7 @@ def newton_cg(function: Callable[[Tensor], Curved], start: Tensor) -> Tensor:
     for _ in range(_STEPS):
         step = _conjugate(here)
         decrement, scale = float((here.gradient * step).sum()), 1.0
+        trial, there = point, here
         for _ in range(_HALVINGS):
             trial = point - scale * step
             there = function(trial)

@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from robustlab.core.corruption import Corruption
-from robustlab.core.errors import DataFileError, UnknownNameError
+from robustlab.core.errors import DataFileError
 from robustlab.core.registry import CORRUPTIONS, Registry
 from robustlab.core.shift import Shift, from_bytes, to_bytes
 from robustlab.core.types import ImageSpec
@@ -93,18 +93,6 @@ def shift_entry(shift: Shift) -> dict[str, Any]:
 def fits(entry: dict[str, Any], modality: str) -> bool:
     """Tell whether a corruption is made for a modality and met in it."""
     return all(entry.get(key) is None or modality in entry[key] for key in ("made_for", "seen_in"))
-
-
-def of_modality(entries: Sequence[dict[str, Any]], modality: str) -> list[dict[str, Any]]:
-    """Return the corruptions that are met in a modality.
-
-    Raises:
-        UnknownNameError: No corruption names this modality.
-    """
-    known = sorted({tag for entry in entries for key in ("made_for", "seen_in") for tag in entry.get(key) or ()})
-    if modality not in known:
-        raise UnknownNameError("--modality", f"one of {', '.join(known)}", repr(modality), "Check the spelling.")
-    return [entry for entry in entries if fits(entry, modality)]
 
 
 def amounts(parameter: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ from robustlab.metrics.stats import FEW_CLUSTERS, Proportion, paired_difference,
 from robustlab.metrics.store import PredictionStore
 from robustlab.report.rows import Row
 
-from .plan import CLEAN, Condition
+from .plan import CLEAN, Condition, Kind
 
 GROUP_METRICS = ("accuracy", "sensitivity", "specificity", "silent-failure-rate")
 WORST_METRICS = ("accuracy", "silent-failure-rate")
@@ -175,7 +175,7 @@ def summary_rows(
     present = [condition for condition in conditions if condition.key in stores]
     if not chosen or not present or stores[CLEAN.key].labels is None:
         return []
-    kinds = {condition.label: condition.kind for condition in present}
+    kinds: dict[str, Kind] = {condition.label: condition.kind for condition in present}
     rows: list[Row] = []
     for metric in chosen:
         # copies: what a store derives and keeps goes with the metric

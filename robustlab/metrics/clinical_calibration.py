@@ -54,7 +54,9 @@ def _fit(columns: Tensor, offset: Tensor, y: Tensor, weights: Tensor) -> _Fit:
         eta = offset + (theta[:, :, None] * columns).sum(1)
         return (weights * (functional.softplus(eta) - y * eta)).sum(1)
 
-    theta = weights.new_zeros((len(weights), columns.shape[1]))
+    count = columns.shape[1]
+    theta = weights.new_zeros((len(weights), count))
+    mean, inverse = weights.clone(), weights.new_zeros((len(weights), count, count))
     loss, settled = loss_at(theta), weights.new_zeros(len(weights), dtype=torch.bool)
     for _ in range(_STEPS):
         mean = torch.sigmoid(offset + (theta[:, :, None] * columns).sum(1))
@@ -64,6 +66,7 @@ def _fit(columns: Tensor, offset: Tensor, y: Tensor, weights: Tensor) -> _Fit:
         if bool(settled.all()):
             return _Fit(theta, mean, inverse)
         step = (inverse @ score[:, :, None])[:, :, 0]
+        new = loss
         for _ in range(_HALVINGS):
             new = loss_at(theta + step)
             worse = new > loss * (1 + 1e-12) + 1e-12

@@ -104,10 +104,10 @@ def rate_falls(
             return nothing[nothing].to(torch.float64), nothing
         (before, rows), (after, _) = first[0], second[0]
         return before[rows].to(torch.float64) - after[rows].to(torch.float64), rows
-    first, second = decide_labels(clean, context.frozen), decide_labels(store, context.frozen)
-    asked = first.annotated.sum(1, dtype=torch.float64)
+    decided, changed = decide_labels(clean, context.frozen), decide_labels(store, context.frozen)
+    asked = decided.annotated.sum(1, dtype=torch.float64)
     entered = asked > 0
-    fall = ((first.correct & first.annotated).sum(1) - (second.correct & second.annotated).sum(1))[entered]
+    fall = ((decided.correct & decided.annotated).sum(1) - (changed.correct & changed.annotated).sum(1))[entered]
     asked = asked[entered]
     mean = fall.sum() / asked.sum()
     return mean + (fall - mean * asked) / asked.mean(), entered
