@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from robustlab.core.registry import SUITES
+from robustlab.core.shift import Shift
 
 DATA = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
 
@@ -69,3 +73,11 @@ def as_array(pixels: Tensor) -> Array:
     held = pixels.cpu()
     array: Array = held[:, 0].numpy() if held.shape[1] == 1 else held.permute(0, 2, 3, 1).numpy()
     return array
+
+
+DRAWN = " (drawn)"  # how frost is called without the published pictures
+
+
+def suite_of(name: str) -> Mapping[str, Shift]:
+    """Return published name to shift."""
+    return {shift.label.removesuffix(DRAWN): shift for shift in SUITES.get(name)()}

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from benchmarks import _images
 from benchmarks._rival import Array, Rival, RivalMissingError
-from robustlab.core.registry import CORRUPTIONS, SUITES
+from robustlab.core.registry import CORRUPTIONS
 
 BATCH, SEVERITY, THREADS = 64, 3, 2
 SECOND = 1.0  # of a rival's time a round
@@ -187,7 +187,7 @@ def agreement(ours: Array, theirs: Array, clean: Array, matched: bool) -> str:
 
 def published(rival: Rival, suite: str, names: tuple[str, ...], images: Array, title: str, dataset: str) -> list[Case]:
     """Return a case for every name that a suite of ours and a rival share."""
-    shifts = {shift.label: shift for shift in SUITES.get(suite)()}
+    shifts = _images.suite_of(suite)
     options: dict[str, Any] = {"dataset": dataset} if dataset else {}
     ids = torch.arange(len(images))
     rival.load(title, images)

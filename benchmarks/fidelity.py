@@ -13,7 +13,7 @@ import json
 import platform
 import sys
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,6 @@ from scipy import stats
 
 from benchmarks import _images
 from benchmarks._rival import Array, Rival, RivalError, RivalMissingError
-from robustlab.core.registry import SUITES
 from robustlab.core.shift import Shift
 
 RANDOM = {
@@ -110,7 +109,7 @@ def statistics_of(images: Array, clean: Array) -> dict[str, np.ndarray]:
 
 def compare(shift: Shift, severity: int, rival: Rival, key: str, clean: Array, suite: str, dataset: str) -> Comparison:
     """Run ours and theirs side by side on the same images."""
-    name = shift.label
+    name = shift.label.removesuffix(_images.DRAWN)
     result = Comparison(suite, name, severity, len(clean), name in RANDOM)
     seed = zlib.crc32(f"{suite}/{name}/{severity}".encode())
     options = {"dataset": dataset} if dataset else {}
@@ -140,11 +139,6 @@ def compare(shift: Shift, severity: int, rival: Rival, key: str, clean: Array, s
         gap = np.abs(ours.astype(np.int16) - theirs.astype(np.int16))
         result.differing, result.values, result.largest = int((gap > 0).sum()), gap.size, int(gap.max())
     return result
-
-
-def suite_of(name: str) -> Mapping[str, Shift]:
-    """Return published name to shift."""
-    return {shift.label: shift for shift in SUITES.get(name)()}
 
 
 @dataclass(frozen=True)
@@ -184,7 +178,7 @@ def run(job: Job, rival: Rival, severities: tuple[int, ...], only: str) -> list[
     """Compare every corruption of a suite that both sides have."""
     found = []
     rival.load(job.title, job.images)
-    for name, shift in suite_of(job.suite).items():
+    for name, shift in _images.suite_of(job.suite).items():
         if (job.rival == "imagecorruptions" and name in LEFT_OUT) or (only and only not in f"{job.title} {name}"):
             continue
         clean = job.images if name in RANDOM else job.images[: job.few]

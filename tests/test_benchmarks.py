@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import _rival, corruptions, fidelity
+from benchmarks import _images, _rival, corruptions, fidelity
 from corruptions import JPEG, GaussianNoise
-from robustlab.core.registry import SUITES
 
 CLEAN = np.random.default_rng(0).integers(0, 256, (160, 16, 16), dtype=np.uint8)
 
 
 def labels(suite: str) -> set[str]:
-    return {shift.label for shift in SUITES.get(suite)()}
+    return set(_images.suite_of(suite))
 
 
 def test_list_of_imagecorruptions_is_our_imagenet_c() -> None:

@@ -90,7 +90,9 @@ def test_attack_and_ood_options(folder):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = rows_in(done.stdout)
-    assert {row["amount"] for row in rows if row["shift"] == "pgd-linf"} == {2.0, 8.0}
+    attacked = [row for row in rows if row["shift"] == "pgd-linf"]
+    assert {row["amount"] for row in attacked if row["metric"] == "accuracy"} == {2.0, 8.0}
+    assert sum(row["metric"] == "failure-threshold" for row in attacked) == 1
     assert any(row["data"] == "ID vs far/same" for row in rows)
 
 
