@@ -1,9 +1,10 @@
 """How fast metrics are beside scikit-learn, netcal, torchmetrics and pytorch-ood, and the cost of the intervals.
 
-Point values: 1,000,000 predictions of ten classes (OOD: 1,000,000 scores a side). Ours starts from float32 logits in a
-fresh PredictionStore, so softmax and log-odds are in its time; a rival gets the probabilities or answers it asks for,
-made beforehand. Rounds alternate, medians count, and a row says whether both computed the same number (to 1e-5, a
-rival's float32). The bar: no row below 1, geometric mean at least 2 over the fastest rival of each metric.
+Point values: 1,000,000 predictions of ten classes (OOD: 1,000,000 scores a side). All start from float32 logits and
+labels: ours from a fresh PredictionStore, torchmetrics from the logits, which it takes, scikit-learn and netcal from
+the probabilities or answers that they ask for, made by torch in their time. Rounds alternate, medians count, and a row
+says whether both computed the same number (to 1e-5, a rival's float32). The bar: no row below 1, geometric mean at
+least 2 over the fastest rival of each metric.
 
 Default set: everything that ``metrics="default"`` computes for labelled data, intervals included, at 100,000 x 10,
 beside the point values alone of the same metrics from scikit-learn and netcal. Bootstrap: 1,000 exact paired replicates
@@ -42,12 +43,10 @@ Value = Callable[[], float]
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Predictions in every form that a rival may want."""
+    """Predictions."""
 
     logits: torch.Tensor
     labels: torch.Tensor
-    probs: torch.Tensor
-    answers: torch.Tensor
 
     @staticmethod
     def make(rows: int, seed: int = 0) -> Data:
@@ -56,8 +55,7 @@ class Data:
         labels = torch.randint(0, CLASSES, (rows,), generator=generator)
         logits = torch.randn((rows, CLASSES), generator=generator) * 1.5
         logits[torch.arange(rows), labels] += 2.0
-        probs = torch.softmax(logits, 1)
-        return Data(logits, labels, probs, logits.argmax(1))
+        return Data(logits, labels)
 
     def store(self) -> PredictionStore:
         """Return a store that has derived nothing yet."""
@@ -65,62 +63,70 @@ class Data:
 
 
 def rivals_of(data: Data) -> dict[str, dict[str, Value]]:
-    """Return metric to library to a call that computes the same number."""
+    """Return metric to library to a call that computes the same number from the logits."""
     import sklearn.metrics as sk
     from netcal.metrics import ECE, MCE
     from torchmetrics.functional import classification as tm
 
-    y, answers = data.labels.numpy(), data.answers.numpy()
-    p32, p64 = data.probs.numpy(), data.probs.double().numpy()
-    p64 = p64 / p64.sum(1, keepdims=True)
-    logs, truth, probs, told = np.arange(CLASSES), data.labels, data.probs, data.answers
-    one_hot = np.eye(CLASSES)[y]
+    y, logits, truth = data.labels.numpy(), data.logits, data.labels
+    names, one_hot = np.arange(CLASSES), np.eye(CLASSES)[data.labels.numpy()]
 
-    def torch_metric(function: Callable[..., torch.Tensor], given: torch.Tensor, **more: Any) -> Value:
-        return lambda: float(function(given, truth, num_classes=CLASSES, validate_args=False, **more))
+    def answers() -> Any:
+        return logits.argmax(1).numpy()
+
+    def probs() -> Any:
+        return torch.softmax(logits, 1).numpy()
+
+    def exact_probs() -> Any:  # rows that sum to 1 in float64, which scikit-learn and netcal want
+        return torch.softmax(logits.double(), 1).numpy()
+
+    def torch_metric(function: Callable[..., torch.Tensor], **more: Any) -> Value:
+        return lambda: float(function(logits, truth, num_classes=CLASSES, validate_args=False, **more))
 
     return {
         "accuracy": {
-            "scikit-learn": lambda: float(sk.accuracy_score(y, answers)),
-            "torchmetrics": torch_metric(tm.multiclass_accuracy, told, average="micro"),
+            "scikit-learn": lambda: float(sk.accuracy_score(y, answers())),
+            "torchmetrics": torch_metric(tm.multiclass_accuracy, average="micro"),
         },
         "balanced-accuracy": {
-            "scikit-learn": lambda: float(sk.balanced_accuracy_score(y, answers)),
-            "torchmetrics": torch_metric(tm.multiclass_accuracy, told, average="macro"),
+            "scikit-learn": lambda: float(sk.balanced_accuracy_score(y, answers())),
+            "torchmetrics": torch_metric(tm.multiclass_accuracy, average="macro"),
         },
         "f1": {
-            "scikit-learn": lambda: float(sk.f1_score(y, answers, labels=logs, average="macro")),
-            "torchmetrics": torch_metric(tm.multiclass_f1_score, told, average="macro"),
+            "scikit-learn": lambda: float(sk.f1_score(y, answers(), labels=names, average="macro")),
+            "torchmetrics": torch_metric(tm.multiclass_f1_score, average="macro"),
         },
         "mcc": {
-            "scikit-learn": lambda: float(sk.matthews_corrcoef(y, answers)),
-            "torchmetrics": torch_metric(tm.multiclass_matthews_corrcoef, told),
+            "scikit-learn": lambda: float(sk.matthews_corrcoef(y, answers())),
+            "torchmetrics": torch_metric(tm.multiclass_matthews_corrcoef),
         },
         "kappa": {
-            "scikit-learn": lambda: float(sk.cohen_kappa_score(y, answers)),
-            "torchmetrics": torch_metric(tm.multiclass_cohen_kappa, told),
+            "scikit-learn": lambda: float(sk.cohen_kappa_score(y, answers())),
+            "torchmetrics": torch_metric(tm.multiclass_cohen_kappa),
         },
         "top-3-accuracy": {
-            "scikit-learn": lambda: float(sk.top_k_accuracy_score(y, p32, k=3, labels=logs)),
-            "torchmetrics": torch_metric(tm.multiclass_accuracy, probs, average="micro", top_k=3),
+            "scikit-learn": lambda: float(sk.top_k_accuracy_score(y, logits.numpy(), k=3, labels=names)),
+            "torchmetrics": torch_metric(tm.multiclass_accuracy, average="micro", top_k=3),
         },
         "auroc": {
-            "scikit-learn": lambda: float(sk.roc_auc_score(y, p64, multi_class="ovr", average="macro")),
-            "torchmetrics": torch_metric(tm.multiclass_auroc, probs, average="macro", thresholds=None),
+            "scikit-learn": lambda: float(sk.roc_auc_score(y, exact_probs(), multi_class="ovr", average="macro")),
+            "torchmetrics": torch_metric(tm.multiclass_auroc, average="macro", thresholds=None),
         },
         "average-precision": {
-            "scikit-learn": lambda: float(sk.average_precision_score(one_hot, p32, average="macro")),
-            "torchmetrics": torch_metric(tm.multiclass_average_precision, probs, average="macro", thresholds=None),
+            "scikit-learn": lambda: float(sk.average_precision_score(one_hot, probs(), average="macro")),
+            "torchmetrics": torch_metric(tm.multiclass_average_precision, average="macro", thresholds=None),
         },
-        "nll": {"scikit-learn": lambda: float(sk.log_loss(y, p64, labels=logs))},
-        "brier": {"scikit-learn": lambda: float(sk.brier_score_loss(y, p64, labels=logs, scale_by_half=False))},
+        "nll": {"scikit-learn": lambda: float(sk.log_loss(y, exact_probs(), labels=names))},
+        "brier": {
+            "scikit-learn": lambda: float(sk.brier_score_loss(y, exact_probs(), labels=names, scale_by_half=False))
+        },
         "ece": {
-            "netcal": lambda: float(ECE(BINS).measure(p64, y)),
-            "torchmetrics": torch_metric(tm.multiclass_calibration_error, probs, n_bins=BINS, norm="l1"),
+            "netcal": lambda: float(ECE(BINS).measure(exact_probs(), y)),
+            "torchmetrics": torch_metric(tm.multiclass_calibration_error, n_bins=BINS, norm="l1"),
         },
         "mce": {
-            "netcal": lambda: float(MCE(BINS).measure(p64, y)),
-            "torchmetrics": torch_metric(tm.multiclass_calibration_error, probs, n_bins=BINS, norm="max"),
+            "netcal": lambda: float(MCE(BINS).measure(exact_probs(), y)),
+            "torchmetrics": torch_metric(tm.multiclass_calibration_error, n_bins=BINS, norm="max"),
         },
     }
 
@@ -221,11 +227,10 @@ def default_row(rows: int, rounds: int) -> dict[str, Any]:
 
     data = Data.make(rows)
     frozen = fit_frozen(Data.make(20_000, seed=1).store(), 0.1)
-    y, answers = data.labels.numpy(), data.answers.numpy()
-    probs = data.probs.double().numpy()
-    probs = probs / probs.sum(1, keepdims=True)
+    y = data.labels.numpy()
 
     def theirs() -> float:
+        answers, probs = data.logits.argmax(1).numpy(), torch.softmax(data.logits.double(), 1).numpy()
         sk.accuracy_score(y, answers)
         sk.balanced_accuracy_score(y, answers)
         sk.recall_score(y, answers, average=None)

@@ -82,7 +82,7 @@ class PredictionStore:
     def finite(self) -> Tensor:
         """bool (N,): every output of the row is finite."""
         # a sum is finite only if all that is summed is, and costs a tenth; large outputs may overflow it
-        if self.logits.is_floating_point() and bool(torch.isfinite(self.logits.sum(1)).all()):
+        if self.logits.is_floating_point() and bool(torch.isfinite(self.logits.sum())):
             return torch.ones(len(self), dtype=torch.bool, device=self.logits.device)
         return torch.isfinite(self.logits).all(1)
 
@@ -122,37 +122,26 @@ class PredictionStore:
     @cached_property
     def predicted(self) -> Tensor:
         """int64 (N,) most probable class, first index at ties; -1 for rows that are not finite. Not for multi-label."""
-        return self._answers(confidence=False)[0]
+        answer = self.logits.argmax(1)
+        return answer if bool(self.finite.all()) else answer.masked_fill(~self.finite, -1)
 
     @cached_property
     def answers(self) -> tuple[Tensor, Tensor]:
-        """``predicted`` and the float64 (N,) probability of that class, made in one pass without the others.
+        """``predicted`` and the float64 (N,) probability of that class, made without the others.
 
         The probability is NaN in rows that are not finite, and for answers only. Not for multi-label.
         """
-        return self._answers(confidence=not self.answers_only)
-
-    def _answers(self, *, confidence: bool) -> tuple[Tensor, Tensor]:
         count, classes = self.logits.shape
-        device = self.logits.device
-        answer = torch.empty(count, dtype=torch.int64, device=device)
-        sure = torch.full((count,), torch.nan, dtype=torch.float64, device=device)
-        # one byte holds the rank of a class from the end, the first class of equal ones having the largest
-        size = torch.uint8 if classes < 256 else torch.int32
-        ranks = torch.arange(classes, 0, -1, device=device).to(size)[:, None]
+        sure = torch.full((count,), torch.nan, dtype=torch.float64, device=self.logits.device)
         step = max(1, _CELLS // max(classes, 1))
-        for start in range(0, count, step):
+        for start in range(0, 0 if self.answers_only else count, step):
             rows = slice(start, start + step)
             # classes first: what runs over classes then runs along contiguous rows
             z = self.logits[rows].T.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
-            top = z.amax(0)
-            answer[rows] = classes - (torch.eq(z, top).to(size) * ranks).amax(0).to(torch.int64)
-            if confidence:
-                sure[rows] = z.sub_(top).exp_().sum(0).reciprocal_()
+            sure[rows] = z.sub_(z.amax(0)).exp_().sum(0).reciprocal_()
         if not bool(self.finite.all()):
-            answer.masked_fill_(~self.finite, -1)
             sure.masked_fill_(~self.finite, torch.nan)
-        return answer, sure
+        return self.predicted, sure
 
     def select(self, rows: Tensor) -> PredictionStore:
         """Return the samples at ``rows`` (bool (N,) or int64 (M,))."""
