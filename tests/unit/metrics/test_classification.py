@@ -245,3 +245,10 @@ def test_adding_a_constant_to_a_row_changes_nothing(make_store) -> None:
     moved = dataclasses.replace(store, logits=store.logits + torch.arange(200)[:, None] % 7)
     for a, b in zip(compute(store, context()), compute(moved, context()), strict=True):
         assert a.estimate.value == pytest.approx(b.estimate.value, abs=1e-5, nan_ok=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_the_answer_is_the_first_of_equal_outputs(dtype: torch.dtype) -> None:
+    logits = torch.from_numpy(np.random.default_rng(0).integers(0, 3, (100_003, 9))).to(dtype)
+    store = PredictionStore(torch.arange(len(logits)), logits, None, "multiclass")
+    assert np.array_equal(store.predicted.numpy(), logits.numpy().argmax(1))  # NumPy takes the first
