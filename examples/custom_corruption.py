@@ -31,8 +31,8 @@ class Collimator(Corruption):
         return {"shade": rng.uniform("shade", (1, 1, 1))}
 
     def apply(self, images: Tensor, draws: dict[str, Tensor], values: dict[str, float]) -> Tensor:
-        rows, columns = (torch.linspace(-1, 1, side, device=images.device).abs() for side in images.shape[2:])
-        inside = torch.maximum(rows[:, None], columns[None]) <= 1 - values["margin"] / 50
+        centres = [(2 * torch.arange(side, device=images.device) + 1) / side - 1 for side in images.shape[2:]]
+        inside = torch.maximum(centres[0].abs()[:, None], centres[1].abs()[None]) <= 1 - values["margin"] / 50
         return torch.where(inside, images, images * (0.1 + 0.2 * draws["shade"]))
 
 

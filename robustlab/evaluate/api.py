@@ -27,7 +27,7 @@ from .manifest import make_manifest
 from .plan import CLEAN
 from .preflight import examine
 from .saved import saved_notes, unparsed_sentences
-from .score import Subject, condition_rows, ood_rows, summary_rows, worst_rows
+from .score import Subject, absent_rows, condition_rows, ood_rows, summary_rows, worst_rows
 
 
 def evaluate_under_shift(
@@ -196,4 +196,11 @@ def _score(inputs: Inputs, predictions: Predictions, context: Context, plausible
     rows += summary_rows(subject, [*shifted, *attacked], stores, context, inputs.metrics)
     for name, store in predictions.ood.items():
         rows += ood_rows(subject, name, store, clean, context, inputs.metrics)
-    return rows
+    return rows + absent_rows(
+        subject,
+        inputs.metrics,
+        rows,
+        groups=bool(inputs.groups),
+        ood=bool(predictions.ood),
+        shifted=bool(shifted or attacked),
+    )

@@ -333,14 +333,19 @@ def resolve_detectors(detectors: Sequence[str | Detector]) -> dict[str, Detector
 
 
 def _metric_names(metrics: str | Sequence[str]) -> tuple[str, ...] | None:
+    """Return the names, each once, with ``"default"`` and ``"all"`` spelt out; None for the default set alone."""
     if metrics == "default":
         return None
-    if metrics == "all":
-        return METRICS.names()
-    names = as_items(metrics, str, "metrics as 'default', 'all' or names", "For example metrics=('accuracy', 'ece').")
-    for name in names:
-        METRICS.get(name)
-    return names
+    expected, fix = "metrics as 'default', 'all' or names", "For example metrics=('accuracy', 'ece')."
+    found: list[str] = []
+    for name in as_items(metrics, str, expected, fix):
+        if not isinstance(name, str):
+            raise KindError("evaluate_under_shift", expected, f"{name!r}", fix)
+        if name in ("default", "all"):
+            found += [known for known, item in METRICS.items() if name == "all" or item.default]
+        else:
+            found.append(METRICS.get(name).name)
+    return tuple(dict.fromkeys(found))
 
 
 def class_names_of(inputs: Inputs) -> tuple[str, ...] | None:

@@ -207,6 +207,36 @@ def _corrected_n(estimate: Estimate, count: int) -> float:
     return estimate.effective_n * (corrected / plain) ** 2
 
 
+def absent_rows(
+    subject: Subject, metrics: Sequence[str] | None, rows: Sequence[Row], *, groups: bool, ood: bool, shifted: bool
+) -> list[Row]:
+    """Return a row with a reason for every metric that was asked for by name and has no row.
+
+    Args:
+        subject: Names.
+        metrics: What was asked for; None, and all metrics there are, ask for whatever applies.
+        rows: All other rows.
+        groups: Whether group columns were named.
+        ood: Whether OOD sets were passed.
+        shifted: Whether any shift was run.
+    """
+    if metrics is None or len(metrics) == len(METRICS.names()):
+        return []
+    have = {row.metric for row in rows}
+    lacking = {
+        "groups": "" if groups else "no_groups",
+        "ood": "" if ood else "no_ood_set",
+        "conditions": "" if shifted else "no_conditions",
+    }
+    found = []
+    for name in metrics:
+        item = METRICS.get(name)
+        if name not in have:
+            nothing = Estimate.undefined(lacking.get(item.on, "") or "not_for_this_task")
+            found.append(make_row(subject, CLEAN, name, nothing, item.direction))
+    return found
+
+
 def ood_rows(
     subject: Subject,
     name: str,

@@ -200,7 +200,8 @@ class _Smooth:
         scale = 2 / math.pi * self.design_effect / n.square()
 
         def error(width: Tensor) -> Tensor:
-            return _integral((scale * self._variance(binomial, width)).sqrt())
+            # a convolution rounds to less than 0 where no forecast is near
+            return _integral((scale * self._variance(binomial, width)).clamp_min(0).sqrt())
 
         return fixed_point(error, n[None])[0]
 

@@ -14,6 +14,7 @@ from robustlab.core.registry import METRICS
 from robustlab.metrics.base import Context, Frozen
 from robustlab.metrics.stats import Resampler, compare_metric
 from robustlab.metrics.stats.compare import IDENTICAL as SAME
+from robustlab.metrics.stats.compare import roughly
 from robustlab.metrics.store import PredictionStore
 
 from . import words
@@ -81,7 +82,7 @@ class Comparison:
                 number = f"{words.DASH} ({words.reason(row.reason)})"
             verdict = row.verdict if row.verdict in ("better", "worse") else f"{row.verdict} at n = {row.n:,}"
             if verdict != row.verdict and math.isfinite(row.units_to_decide):
-                verdict += f"; about {row.units_to_decide:,.0f} would decide a difference of this size"
+                verdict += f"; about {roughly(row.units_to_decide)} would decide a difference of this size"
             lines.append(f"  {row.condition[:45]:<46}{number:<34}n={row.n:<8,}{verdict}")
         if self.missing:
             lines.append(f"Not compared, because only one report has predictions: {words.listed(list(self.missing))}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable
 
-from . import views, words
+from . import group_views, views, words
 from .report import Report
 from .rows import Row
 
@@ -27,6 +27,8 @@ def _blocks(report: Report) -> Iterable[list[str]]:
     yield list(_headline(report))
     yield list(_worst(report))
     yield list(_over(report))
+    yield list(_ood(report))
+    yield list(_groups(report))
     yield list(_truth(report))
     doubts = [line for sentence in views.doubts(report) for line in _wrap(sentence, "- ")]
     yield ["The doctor doubts the set-up, and with it every number here", *doubts] if doubts else []
@@ -76,6 +78,23 @@ def _over(report: Report) -> Iterable[str]:
         for row in item.rows:
             name = f"{row.shift} ({row.target})" if row.target else row.shift
             yield f"  {name[:45]:<46}{words.measured(row):<40}  n={row.n:,}"
+
+
+def _ood(report: Report) -> Iterable[str]:
+    lines = [(line, line.rows["auroc-ood"]) for line in views.ood(report) if "auroc-ood" in line.rows]
+    if lines:
+        yield "Unfamiliar inputs: AUROC of the scores (95 % interval)"
+    for line, row in lines:
+        surer = "surer on these than on the data" if row.high < 0.5 else ""
+        yield f"  {f'{line.name}, {line.scorer}'[:45]:<46}{words.estimate(row):<32}  n={row.n:,}  {surer}".rstrip()
+
+
+def _groups(report: Report) -> Iterable[str]:
+    for table in group_views.groups(report):
+        yield f"Groups of {table.column}: best minus worst, percentage points (95 % interval)"
+        for gap in table.gaps:
+            change = f"{words.points(gap.value)} ({words.points(gap.low)} to {words.points(gap.high)})"
+            yield f"  {f'{words.title(gap.metric)}, {gap.best} against {gap.worst}'[:45]:<46}{change:<22}{gap.word}"
 
 
 def _truth(report: Report) -> Iterable[str]:

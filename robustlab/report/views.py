@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
@@ -263,7 +264,10 @@ def _on_clean(report: Report, metrics: Sequence[str]) -> list[HeadlineRow]:
 
 
 def _detail(report: Report, row: Row) -> str:
-    """Return which class a number is of, or the frozen threshold that it stands at."""
+    """Return which class a number is of, of how many it is the mean, or the frozen threshold that it stands at."""
+    mean = re.search(r"mean of (\d+) of (\d+) defined", row.method)
+    if mean:
+        return f" (mean of {mean[1]} of {mean[2]})"
     if row.target:
         return f" ({row.target})"
     thresholds = (report.manifest.get("frozen") or {}).get("thresholds") or []
@@ -413,7 +417,7 @@ def _fallback_sentence(report: Report, table: Index, silent: Row | None) -> str:
     if report.manifest.get("val") is None:
         why = "no validation data. Pass val= to freeze the thresholds that decide which cases are referred"
     else:
-        why = words.reason(silent.reason) if silent is not None else "it was not among the metrics"
+        why = words.reason(silent.reason) if silent is not None else "it was not asked for"
     accuracy, worst = pick(table, "accuracy"), pick(table, "accuracy", "worst plausible")
     parts = []
     if accuracy is not None and defined(accuracy):

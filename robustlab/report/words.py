@@ -44,6 +44,9 @@ _REASONS = {
     "no_labels": "no labels",
     "empty": "no samples",
     "answers_only": "answers without probabilities",
+    "no_groups": "no groups= were named",
+    "no_ood_set": "no ood= was passed",
+    "no_conditions": "no shift was tested",
 }
 
 

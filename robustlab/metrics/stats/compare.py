@@ -245,7 +245,12 @@ class MetricComparison:
             return f"{self.decision} (n = {n:,})"
         if not math.isfinite(self.units_to_decide):
             return f"no decision at n = {n:,} ({self.reason.replace('_', ' ')})"
-        return f"no decision at n = {n:,}; about {self.units_to_decide:,.0f} would decide a difference of this size"
+        return f"no decision at n = {n:,}; about {roughly(self.units_to_decide)} would decide a difference of this size"
+
+
+def roughly(count: float) -> str:
+    """Return a number in two significant digits, as an estimate of it deserves: 228,716 is about 230,000."""
+    return f"{float(f'{count:.2g}'):,.0f}"
 
 
 def compare_metric(

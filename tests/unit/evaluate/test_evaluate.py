@@ -9,6 +9,7 @@ from torch import nn
 
 import robustlab
 from robustlab.core.corruption import Corruption
+from robustlab.core.errors import KindError, UnknownNameError
 from robustlab.core.levels import Levels
 from robustlab.core.shift import ShiftContext, quantize
 from robustlab.corruptions import PGD, GaussianNoise
@@ -267,3 +268,29 @@ def test_the_frozen_threshold_stands_beside_the_rates_that_use_it():
     report = evaluate()
     (threshold,) = report.manifest["frozen"]["thresholds"]
     assert f"Sensitivity at {threshold:.3g}, set on val" in report.summary()
+
+
+def test_metrics_that_were_asked_for_and_have_no_row_say_why():
+    names = ("auroc", "accuracy-gap", "auroc-ood", "top-3-accuracy", "flip-rate", "auroc")
+    report = evaluate(shifts=(), metrics=names)
+    reasons = {name: report.value(name).reason for name in dict.fromkeys(names)}
+    assert reasons == {
+        "auroc": "",
+        "accuracy-gap": "no_groups",
+        "auroc-ood": "no_ood_set",
+        "top-3-accuracy": "not_for_this_task",
+        "flip-rate": "no_conditions",
+    }
+    assert "no ood= was passed" in report.summary()
+    assert not {"no_groups", "no_ood_set"} & {row.reason for row in evaluate(shifts=(), metrics="all").rows}
+
+
+def test_the_default_set_and_one_more():
+    report = evaluate(metrics=("default", "nll", "accuracy"))
+    plain = evaluate()
+    assert {row.metric for row in report.rows} == {row.metric for row in plain.rows} | {"nll", "auroc-ood"}
+    assert report.value("auroc-ood").reason == "no_ood_set"
+    with pytest.raises(KindError, match="metrics as"):
+        evaluate(metrics=[3])
+    with pytest.raises(UnknownNameError):
+        evaluate(metrics=("default", "acuracy"))

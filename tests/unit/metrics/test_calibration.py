@@ -357,3 +357,13 @@ def test_paired_differences_of_every_error(make_store) -> None:
         assert made.low < made.high
         same = paired_difference(a, a, name, context)
         assert (same.value, same.low, same.high) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("centre", [-1.5, -3.0, 0.0])
+def test_null_of_the_smooth_error_is_the_mean_over_calibrated_models(centre: float) -> None:
+    """Where no forecast is near, the variance is a rounding below 0, and the search may not stop at its root."""
+    rng = np.random.default_rng(3)
+    p = 1 / (1 + np.exp(-rng.normal(centre, 1, 624)))
+    draws = [one(from_probs(p, rng.random(624) < p), "smooth-ece") for _ in range(60)]
+    null = float(draws[0].method.split("expected ")[1].split()[0])
+    assert null == pytest.approx(np.mean([item.value for item in draws]), rel=0.12)

@@ -12,7 +12,7 @@ from robustlab.core.registry import METRICS
 from robustlab.metrics import Context, PredictionStore, Resampler, compare_metric, compute
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "how-to" / "metrics.md"
-EVALUATION, STORE, STATES, OWN = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+EVALUATION, COMPARISON, STORE, STATES, OWN = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
 
 
 def run(code, **names):
@@ -20,14 +20,25 @@ def run(code, **names):
     return names
 
 
-def test_an_evaluation_with_other_metrics():
+def inputs():
     images = np.random.default_rng(0).integers(0, 256, (120, 8, 8)).astype(np.uint8)
     data, val = (robustlab.load_data(half, labels=np.arange(60) % 2) for half in (images[:60], images[60:]))
     net = robustlab.wrap(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2)).eval(), output="logits")
+    return {"robustlab": robustlab, "net": net, "data": data, "val": val}
+
+
+def test_an_evaluation_with_other_metrics():
     code = EVALUATION.replace("metrics=", 'shifts="gaussian-noise", progress=False, metrics=')
-    report = run(code, robustlab=robustlab, net=net, data=data, val=val)["report"]
+    report = run(code, **inputs())["report"]
     shown = {row.metric for row in report.rows} - {"accuracy-drop", "accuracy", "silent-failure-rate"}
     assert shown == {"auroc", "ece", "flip-rate"}
+
+
+def test_a_model_before_and_after_a_defence(capsys):
+    code = COMPARISON.replace("val=val)", 'val=val, shifts="gaussian-noise", progress=False)')
+    names = run(code, **inputs())
+    assert names["after"].value("accuracy").value == names["before"].value("accuracy").value
+    assert "Brier score, paired by sample" in capsys.readouterr().out
 
 
 def test_without_an_evaluation(capsys):

@@ -4,6 +4,7 @@ import torch
 from robustlab.core.errors import ConfigError, UnknownNameError
 from robustlab.metrics.base import Context
 from robustlab.metrics.stats import Resampler, paired_difference
+from robustlab.metrics.stats.compare import roughly
 from robustlab.report import Report, compare
 from tests.unit.report.sample import sample_report
 
@@ -46,7 +47,7 @@ def test_no_decision_says_how_many_would_decide(plain):
     row = next(row for row in found.rows if row.verdict == "no decision" and row.difference != 0)
     spread = (row.high - row.low) / (2 * 1.959964)
     assert row.units_to_decide == pytest.approx(624 * ((1.959964 + 0.841621) * spread / row.difference) ** 2, abs=1)
-    told = f"no decision at n = 624; about {row.units_to_decide:,.0f} would decide a difference of this size"
+    told = f"no decision at n = 624; about {roughly(row.units_to_decide)} would decide a difference of this size"
     assert told in found.summary()
     assert found.to_frame()["units_to_decide"].notna().all()
 
@@ -109,3 +110,9 @@ def test_frame_holds_every_row(plain, better):
     frame = compare(plain, better).to_frame()
     assert len(frame) == 4
     assert list(frame.columns[:4]) == ["condition", "metric", "target", "difference"]
+
+
+def test_a_number_of_samples_is_told_as_roughly_as_it_is_known():
+    assert [roughly(n) for n in (7, 96, 510.0, 1234, 228_716, 1e9)] == [
+        "7", "96", "510", "1,200", "230,000", "1,000,000,000",
+    ]  # fmt: skip

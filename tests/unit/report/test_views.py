@@ -133,3 +133,27 @@ def test_an_empty_report_still_speaks():
 def test_sample_is_seeded():
     assert sample_report().to_json() == sample_report().to_json()
     assert sample_report().value("accuracy").n == N
+
+
+def test_the_summary_tells_of_other_sets_and_of_groups(report):
+    text = report.summary()
+    auroc = report.value("auroc-ood", scorer="msp", data="ID vs far/photos")
+    line = next(line for line in text.split("\n") if "far/photos, msp" in line)
+    assert words.estimate(auroc) in line
+    assert "surer" not in line
+    foreign = [
+        replace(row, value=0.02, low=0.01, high=0.03) if row.metric == "auroc-ood" else row for row in report.rows
+    ]
+    assert "surer on these than on the data" in Report(tuple(foreign), report.manifest, report.predictions).summary()
+    gap = group_views.groups(report)[0].gaps[0]
+    assert f"Groups of {group_views.groups(report)[0].column}: best minus worst" in text
+    assert words.points(gap.value) in text
+
+
+def test_a_mean_over_some_classes_says_of_how_many(report):
+    rows = [
+        replace(row, method=f"{row.method}; mean of 12 of 14 defined") if row.metric == "auroc" else row
+        for row in report.rows
+    ]
+    titles = [line.title for line in views.headline(Report(tuple(rows), report.manifest, report.predictions))]
+    assert "AUROC (mean of 12 of 14)" in titles
