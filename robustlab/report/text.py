@@ -94,7 +94,9 @@ def _groups(report: Report) -> Iterable[str]:
         yield f"Groups of {table.column}: best minus worst, percentage points (95 % interval)"
         for gap in table.gaps:
             change = f"{words.points(gap.value)} ({words.points(gap.low)} to {words.points(gap.high)})"
-            yield f"  {f'{words.title(gap.metric)}, {gap.best} against {gap.worst}'[:45]:<46}{change:<22}{gap.word}"
+            name = f"{words.title(gap.metric)}, {gap.best} against {gap.worst}"
+            first, second = (table.levels[level][gap.metric].n for level in (gap.best, gap.worst))
+            yield f"  {name[:45]:<46}{change:<22}n={first:,} and {second:,}  {gap.word}"
 
 
 def _truth(report: Report) -> Iterable[str]:

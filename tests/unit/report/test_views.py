@@ -141,10 +141,9 @@ def test_the_summary_tells_of_other_sets_and_of_groups(report):
     line = next(line for line in text.split("\n") if "far/photos, msp" in line)
     assert words.estimate(auroc) in line
     assert "surer" not in line
-    foreign = [
-        replace(row, value=0.02, low=0.01, high=0.03) if row.metric == "auroc-ood" else row for row in report.rows
-    ]
-    assert "surer on these than on the data" in Report(tuple(foreign), report.manifest, report.predictions).summary()
+    low = {"value": 0.02, "low": 0.01, "high": 0.03}
+    foreign = tuple(replace(row, **low) if row.metric == "auroc-ood" else row for row in report.rows)
+    assert "surer on these than on the data" in Report(foreign, report.manifest, report.predictions).summary()
     gap = group_views.groups(report)[0].gaps[0]
     assert f"Groups of {group_views.groups(report)[0].column}: best minus worst" in text
     assert words.points(gap.value) in text
