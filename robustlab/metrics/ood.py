@@ -171,7 +171,7 @@ class Oscr(_Separation):
 
     def ends(self, pair: Pair, right: Tensor, value: float, confidence: float) -> Ends:
         if not bool(right.any()):
-            return math.nan, math.nan, "none", "no_variance"
+            return math.nan, math.nan, "no right answer", "no_variance"
         return linear_ends(pair, accepted_first(pair, right), confidence)
 
 
