@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import cv2
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from robustlab.core.shift import from_bytes, to_bytes
+from robustlab.core.threads import share
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -50,8 +50,19 @@ def in_threads(work: Callable[[int, int], None], count: int, values: int) -> Non
         work(0, count)
         return
     bounds = [count * part // threads for part in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, bounds[:-1], bounds[1:]))
+    parts = iter(zip(bounds[:-1], bounds[1:], strict=True))
+
+    def run() -> None:
+        for start, stop in parts:
+            work(start, stop)
+
+    share(run, threads)
+
+
+def empty_like(pixels: Tensor) -> Tensor:
+    """Return contiguous uint8 images on the CPU of this shape, for the result; any content."""
+    # memory from NumPy comes in huge pages, which are handed out many times as fast as torch's
+    return torch.from_numpy(np.empty(tuple(pixels.shape), np.uint8))
 
 
 def planar(pixels: Tensor) -> Tensor:
@@ -61,11 +72,15 @@ def planar(pixels: Tensor) -> Tensor:
     if pixels.device.type != "cpu" or pixels.shape[1] != 3:
         return pixels.contiguous()
 
-    out = torch.empty(pixels.shape, dtype=torch.uint8)
-    target = out.numpy()
-    # OpenCV takes colours apart with vector instructions, which torch does not
-    for image, planes in zip(interleaved(pixels), target, strict=True):
-        cv2.split(image, list(planes))
+    out = empty_like(pixels)
+    images, target = interleaved(pixels), out.numpy()
+
+    def work(start: int, stop: int) -> None:
+        # OpenCV takes colours apart with vector instructions, which torch does not
+        for image, planes in zip(images[start:stop], target[start:stop], strict=True):
+            cv2.split(image, list(planes))
+
+    in_threads(work, len(images), images[0].size)
     return out
 
 

@@ -17,20 +17,25 @@ import torch
 from torch import Tensor
 
 from robustlab.core.rng import Words, in_blocks, normal_q12_table, normal_table, on_tensors, stream_bits, stream_halves
+from robustlab.core.threads import scratch
 
-from ._bytes import planar
+from ._bytes import empty_like, planar
 
 Array = np.ndarray[Any, Any]
 Change = Callable[[Array, Array, Words], None]
 """Of pixels (rows, columns) and a place of that shape for the result, both uint8, and the words of the block."""
 
 _SERIAL = 1 << 15  # torch shares longer ones out among its own threads, and here there are threads already
+_UNSURE = 1 << 14  # no noise is so large, and with a grey level added it stays in 16 bits
+_MARGIN = 2.5e-4  # of a level
 _Q12_LARGEST = 17695  # the largest of the normal quantiles, 4.32, in units of 2^-12
 
 
 def look_up_halves(index: Array, table: Array, out: Array) -> None:
-    """Write ``table[index]`` to ``out``; index uint16 (n,), table (65536,), all contiguous."""
-    np.take(table, index, out=out, mode="clip")
+    """Write ``table[index]`` to ``out``; index uint16, table (65536,), out contiguous, of the shape of index."""
+    places = scratch("words.places", index.size, np.intp).reshape(index.shape)
+    np.copyto(places, index)  # ``take`` would do so in new memory
+    table.take(places, out=out, mode="clip")
 
 
 def changed_in_blocks(pixels: Tensor, stream: Tensor, per_word: int, make: Callable[[int], Change]) -> Tensor:
@@ -43,7 +48,7 @@ def changed_in_blocks(pixels: Tensor, stream: Tensor, per_word: int, make: Calla
         make: Called once in each thread with the largest number of pixels in a block, for scratch.
     """
     source = planar(pixels)
-    out = torch.empty_like(source)
+    out = empty_like(source)
     count = math.prod(source.shape[1:])
     given, target = source.reshape(len(source), -1).numpy(), out.reshape(len(out), -1).numpy()
 
@@ -60,6 +65,41 @@ def changed_in_blocks(pixels: Tensor, stream: Tensor, per_word: int, make: Calla
     return out
 
 
+def changed_in_halves(pixels: Tensor, stream: Tensor, make: Callable[[int], Change]) -> Tensor:
+    """Return uint8 images that were changed block by block, each value with its half of a word, as in ``looked_up``.
+
+    Args:
+        pixels: uint8 (N, C, H, W), on the CPU.
+        stream: int64 (N,) of ``SampleRng.stream``.
+        make: Called once in each thread with the largest number of pixels in a block, for scratch; the words that its
+            function is given are the halves, uint16, in the order of ``SampleRng.normal``.
+    """
+    source = planar(pixels)
+    out = empty_like(source)
+    count = math.prod(source.shape[1:])
+    half = (count + 1) // 2
+    given, target = source.reshape(len(source), -1).numpy(), out.reshape(len(out), -1).numpy()
+
+    def make_work(size: int) -> Callable[[slice, slice, Words], None]:
+        change = make(2 * size)
+
+        def work(rows: slice, columns: slice, words: Words) -> None:
+            halves = words.view(np.uint16).reshape(*words.shape, 2).swapaxes(1, 2)
+            if count == 2 * half:
+                pairs = (array.reshape(len(array), 2, half)[rows, :, columns] for array in (given, target))
+                change(*pairs, halves)
+                return
+            for part in (0, 1):
+                place = slice(part * half + columns.start, min(part * half + columns.stop, count))
+                pixel = given[rows, place]
+                change(pixel, target[rows, place], halves[:, part, : pixel.shape[1]])
+
+        return work
+
+    in_blocks(stream, half, make_work)
+    return out
+
+
 def changed_as_floats(pixels: Tensor, stream: Tensor, change: Callable[[Tensor, Tensor], object]) -> Tensor:
     """Return uint8 images that were changed as float images, and rounded half to even, all in cache.
 
@@ -69,39 +109,74 @@ def changed_as_floats(pixels: Tensor, stream: Tensor, change: Callable[[Tensor, 
         change: Of float32 values in [0, 1], which it changes in place, and of their standard normal numbers, those of
             ``SampleRng.normal``; it is called with parts of images.
     """
-    source = planar(pixels)
-    out = torch.empty_like(source)
-    count = math.prod(source.shape[1:])
-    half = (count + 1) // 2
-    given, target = source.reshape(len(source), -1).numpy(), out.reshape(len(out), -1).numpy()
     table = normal_table(torch.device("cpu")).numpy()
 
-    def make(size: int) -> Callable[[slice, slice, Words], None]:
-        index, normal, value = np.empty(size, np.uint16), np.empty(size, np.float32), np.empty(size, np.float32)
-        z, x = torch.from_numpy(normal), torch.from_numpy(value)
+    def make(size: int) -> Change:
+        normal, value = scratch("words.normal", size, np.float32), scratch("words.value", size, np.float32)
 
-        def work(rows: slice, columns: slice, words: Words) -> None:
-            halves = words.view(np.uint16).reshape(*words.shape, 2)
-            for part in (0, 1):
-                place = slice(part * half + columns.start, min(part * half + columns.stop, count))
-                pixel = given[rows, place]
-                flat = slice(pixel.size)
-                np.copyto(index[flat].reshape(pixel.shape), halves[:, : pixel.shape[1], part])
-                look_up_halves(index[flat], table, normal[flat])
-                np.copyto(value[flat].reshape(pixel.shape), pixel)
-                np.divide(value[flat], np.float32(255), out=value[flat])
-                for start in range(0, pixel.size, _SERIAL):
-                    piece = slice(start, min(start + _SERIAL, pixel.size))
-                    change(x[piece], z[piece])
-                np.clip(value[flat], np.float32(0), np.float32(1), out=value[flat])
-                np.multiply(value[flat], np.float32(255), out=value[flat])
-                np.rint(value[flat], out=value[flat])
-                np.copyto(target[rows, place], value[flat].reshape(pixel.shape), casting="unsafe")
+        def work(pixel: Array, out: Array, halves: Array) -> None:
+            flat = slice(pixel.size)
+            look_up_halves(halves, table, normal[flat].reshape(pixel.shape))
+            np.copyto(value[flat].reshape(pixel.shape), pixel)
+            rounded_change(value[flat], normal[flat], change)
+            np.copyto(out, value[flat].reshape(pixel.shape), casting="unsafe")
 
         return work
 
-    in_blocks(stream, half, make)
-    return out
+    return changed_in_halves(pixels, stream, make)
+
+
+def rounded_change(value: Array, normal: Array, change: Callable[[Tensor, Tensor], object]) -> None:
+    """Change grey levels, float32 (n,), as ``change`` of ``changed_as_floats`` says, and round them, in place."""
+    np.divide(value, np.float32(255), out=value)
+    x, z = torch.from_numpy(value), torch.from_numpy(normal)
+    for start in range(0, len(value), _SERIAL):
+        piece = slice(start, start + _SERIAL)
+        change(x[piece], z[piece])
+    np.clip(value, np.float32(0), np.float32(1), out=value)
+    np.multiply(value, np.float32(255), out=value)
+    np.rint(value, out=value)
+
+
+@lru_cache(maxsize=64)
+def _rounded_noise(sigma: float) -> Array:
+    """Return int16 (65536,): 255 sigma z of each normal quantile z, rounded, or ``_UNSURE`` where that is near a half.
+
+    A grey level is a whole number, so where 255 sigma z is not near a half, the rounding errors of the sum as float32,
+    below 1e-4 of a level between black and white, do not decide to which level it goes.
+    """
+    noise = normal_table(torch.device("cpu")).numpy().astype(np.float64) * (255 * sigma)
+    unsure = np.abs(np.abs(noise - np.floor(noise)) - 0.5) < _MARGIN
+    return np.where(unsure & (np.abs(noise) < 256), _UNSURE, np.rint(noise).clip(-256, 256)).astype(np.int16)
+
+
+def add_rounded_noise(pixels: Tensor, stream: Tensor, sigma: float) -> Tensor:
+    """Return ``changed_as_floats`` with x + sigma z, which for most values is the sum of two whole numbers.
+
+    Args:
+        pixels: uint8 (N, C, H, W), on the CPU.
+        stream: int64 (N,) of ``SampleRng.stream``.
+        sigma: At least 0.
+    """
+    table, normals = _rounded_noise(sigma), normal_table(torch.device("cpu")).numpy()
+
+    def make(size: int) -> Change:
+        sums, flags = scratch("words.sums", size, np.int16), scratch("words.flags", size, np.bool_)
+
+        def change(source: Array, out: Array, halves: Array) -> None:
+            noise = sums[: source.size].reshape(source.shape)
+            look_up_halves(halves, table, noise)
+            found = flags[: source.size]
+            np.greater(noise.reshape(-1), _UNSURE - 1, out=found)
+            unsure = np.unravel_index(found.nonzero()[0], source.shape)  # many times as fast as that of several axes
+            _clipped_sum(noise, source, out)
+            value = source[unsure].astype(np.float32)
+            rounded_change(value, normals[halves[unsure]], lambda x, z: torch.add(x, z, alpha=sigma, out=x))
+            out[unsure] = value
+
+        return change
+
+    return changed_in_halves(pixels, stream, make)
 
 
 def _clipped_sum(noise: Array, pixels: Array, out: Array) -> None:
@@ -134,10 +209,10 @@ def add_noise(pixels: Tensor, stream: Tensor, table: Tensor) -> Tensor:
     entries = table.numpy()
 
     def make(size: int) -> Change:
-        scratch = np.empty(size, np.int16)
+        sums = scratch("words.sums", size, np.int16)
 
         def change(source: Array, out: Array, words: Words) -> None:
-            noise = scratch[: 2 * words.size]
+            noise = sums[: 2 * words.size]
             look_up_halves(words.view(np.uint16).reshape(-1), entries, noise)
             _clipped_sum(noise.reshape(len(words), -1)[:, : source.shape[1]], source, out)
 
@@ -182,10 +257,10 @@ def add_scaled_noise(pixels: Tensor, stream: Tensor, table: Tensor, scale: Tenso
     entries, factors = table.numpy(), scale.numpy()
 
     def make(size: int) -> Change:
-        scratch, other = np.empty(size, np.int32), np.empty(size, np.int32)
+        products, other = scratch("words.products", size, np.int32), scratch("words.factors", size, np.int32)
 
         def change(source: Array, out: Array, words: Words) -> None:
-            noise = scratch[: 2 * words.size]
+            noise = products[: 2 * words.size]
             look_up_halves(words.view(np.uint16).reshape(-1), entries, noise)
             noise = noise.reshape(len(words), -1)[:, : source.shape[1]]
             factor = other[: source.size].reshape(source.shape)
@@ -208,21 +283,54 @@ def salt_and_pepper(pixels: Tensor, stream: Tensor, amount: float) -> Tensor:
         return torch.where(halves > 65535 - each, 255, kept).to(torch.uint8)
 
     def make(size: int) -> Change:
-        flags = np.empty((2, size), np.bool_)
+        flags = scratch("words.flags", 2 * size, np.bool_).reshape(2, size)
 
         def change(source: Array, out: Array, words: Words) -> None:
             halves = words.view(np.uint16)[:, : source.shape[1]]
             salt, pepper = flags[:, : source.size].reshape(2, *source.shape)
             np.greater(halves, 65535 - each, out=salt)
             np.less(halves, each, out=pepper)
-            # True to 255 for salt; 0 for pepper, 255 elsewhere
-            ones, keep = salt.view(np.uint8), pepper.view(np.uint8)
-            np.bitwise_or(source, np.negative(ones, out=ones), out=ones)
-            np.bitwise_and(ones, np.subtract(keep, np.uint8(1), out=keep), out=out)
+            _whiten_and_blacken(source, salt, pepper, out)
 
         return change
 
     return changed_in_blocks(pixels, stream, 2, make)
+
+
+def whole_salt_and_pepper(pixels: Tensor, stream: Tensor, below: int, above: int) -> Tensor:
+    """Return pixels that are 0 in all channels where their word is less than ``below``, 255 where more than ``above``.
+
+    Args:
+        pixels: uint8 (N, C, H, W), on the CPU.
+        stream: int64 (N,) of ``SampleRng.stream``.
+        below: 0 to 2^32 - 1.
+        above: 0 to 2^32 - 1.
+    """
+    source = planar(pixels)
+    out = empty_like(source)
+    given, target = (images.flatten(2).numpy() for images in (source, out))
+
+    def make(size: int) -> Callable[[slice, slice, Words], None]:
+        flags = scratch("words.flags", 2 * size, np.bool_).reshape(2, size)
+
+        def work(rows: slice, columns: slice, words: Words) -> None:
+            salt, pepper = flags[:, : words.size].reshape(2, len(words), 1, -1)
+            np.greater(words[:, None], np.uint32(above), out=salt)
+            np.less(words[:, None], np.uint32(below), out=pepper)
+            _whiten_and_blacken(given[rows, :, columns], salt, pepper, target[rows, :, columns])
+
+        return work
+
+    in_blocks(stream, given.shape[2], make)
+    return out
+
+
+def _whiten_and_blacken(source: Array, salt: Array, pepper: Array, out: Array) -> None:
+    """Write the pixels, 255 where ``salt`` is true, 0 where ``pepper`` is; overwrites both, which are broadcast."""
+    # True to 255 for salt; 0 for pepper, 255 elsewhere
+    ones, keep = salt.view(np.uint8), pepper.view(np.uint8)
+    np.bitwise_or(source, np.negative(ones, out=ones), out=out)
+    np.bitwise_and(out, np.subtract(keep, np.uint8(1), out=keep), out=out)
 
 
 def sample_alias(pixels: Tensor, stream: Tensor, table: Tensor) -> Tensor:
@@ -245,8 +353,8 @@ def sample_alias(pixels: Tensor, stream: Tensor, table: Tensor) -> Tensor:
     entries = table.numpy()
 
     def make(size: int) -> Change:
-        columns, found = np.empty(size, np.uint16), np.empty(size, np.int32)
-        flags, shifts = np.empty(size, np.bool_), np.empty(size, np.uint16)
+        columns, found = scratch("words.columns", size, np.uint16), scratch("words.found", size, np.int32)
+        flags, shifts = scratch("words.flags", size, np.bool_), scratch("words.shifts", size, np.uint16)
 
         def change(source: Array, out: Array, words: Words) -> None:
             count = words.size

@@ -7,16 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from robustlab.core.corruption import Corruption, Draws
 from robustlab.core.levels import Levels
 from robustlab.core.registry import CORRUPTIONS
-from robustlab.core.rng import SampleRng, cell_centres, normal_table, stream_looked_up
+from robustlab.core.rng import SampleRng, cell_centres, normal_table, on_tensors, stream_bits, stream_looked_up
 
 from ._checks import check_levels
-from ._words import changed_as_floats
+from ._words import add_rounded_noise, changed_as_floats, whole_salt_and_pepper
 
 _SMALL = 8.0  # mean count below which the distribution is summed, above which it is expanded
 _LARGEST_U = 1 - 2.0**-17
@@ -126,8 +127,7 @@ class GaussianNoise(Corruption):
     def apply_bytes(self, pixels: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
         if pixels.device.type != "cpu":
             return super().apply_bytes(pixels, draws, values)
-        sigma = values["sigma"]
-        return changed_as_floats(pixels, draws["z"], lambda x, z: torch.add(x, z, alpha=sigma, out=x))
+        return add_rounded_noise(pixels, draws["z"], values["sigma"])
 
 
 @CORRUPTIONS.register("speckle-noise")
@@ -192,19 +192,32 @@ class ImpulseNoise(Corruption):
         check_levels(self, "amount", self.amount, 0, 1)
 
     def draw(self, rng: SampleRng, shape: tuple[int, int, int]) -> Draws:
-        return {"u": rng.uniform("u", (1, *shape[1:]))}
+        del shape
+        return {"u": rng.stream("u")}
 
     def apply(self, images: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
-        pepper, salt = _ends(draws["u"], values["amount"])
+        pepper, salt = _ends(draws["u"], images, values["amount"])
         return images.masked_fill(pepper, 0).masked_fill_(salt, 1)
 
     def apply_bytes(self, pixels: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
-        pepper, salt = _ends(draws["u"], values["amount"])
-        return pixels.masked_fill(pepper, 0).masked_fill_(salt, 255)
+        if on_tensors(draws["u"]):
+            pepper, salt = _ends(draws["u"], pixels, values["amount"])
+            return pixels.masked_fill(pepper, 0).masked_fill_(salt, 255)
+        first, last = _bounds(values["amount"])
+        return whole_salt_and_pepper(pixels, draws["u"], first << 8, (last << 8) - 1)
 
 
-def _ends(u: Tensor, amount: float) -> tuple[Tensor, Tensor]:
-    return u < amount / 2, u >= 1 - amount / 2
+def _bounds(amount: float) -> tuple[int, int]:
+    """Return the numbers of 24 bits below which a pixel becomes black, and from which on it becomes white."""
+    share = np.float32(amount / 2), np.float32(1 - amount / 2)
+    return math.ceil(float(share[0]) * 2**24), math.ceil(float(share[1]) * 2**24)
+
+
+def _ends(stream: Tensor, images: Tensor, amount: float) -> tuple[Tensor, Tensor]:
+    bits = stream_bits(stream, math.prod(images.shape[2:])).view(len(images), 1, *images.shape[2:])
+    first, last = _bounds(amount)
+    u = bits.bitwise_right_shift_(8).bitwise_and_((1 << 24) - 1)
+    return u < first, u >= last
 
 
 @CORRUPTIONS.register("poisson-noise")

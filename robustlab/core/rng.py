@@ -16,7 +16,6 @@ import hashlib
 import math
 import operator
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
@@ -27,8 +26,9 @@ import torch
 from torch import Tensor
 
 from .errors import DuplicateNameError
+from .threads import scratch, share
 
-BLOCK = 3 << 15  # hashes worked on at once on the CPU: 384 KB; smaller blocks let threads queue for the interpreter
+BLOCK = 5 << 15  # hashes worked on at once on the CPU: 640 KB; smaller blocks let threads queue for the interpreter
 
 Words = np.ndarray[Any, np.dtype[np.uint32]]
 Work = Callable[[slice, slice, Words], None]
@@ -164,7 +164,7 @@ def in_blocks(stream: Tensor, count: int, make: Callable[[int], Work]) -> None:
 
     def run() -> None:
         work = make(rows * width)
-        buffers = np.empty((2, rows * width), np.uint32)
+        buffers = scratch("rng.words", 2 * rows * width, np.uint32).reshape(2, -1)
         for first, start in left:
             samples = slice(first, min(first + rows, total))
             places = slice(start, min(start + width, count))
@@ -176,16 +176,8 @@ def in_blocks(stream: Tensor, count: int, make: Callable[[int], Work]) -> None:
             _mix32_words(words, spare)
             work(samples, places, words)
 
-    # starting a thread costs as much as a few blocks
-    threads = min(torch.get_num_threads(), len(blocks) // 4)
-    if threads <= 1:
-        run()
-        return
-    with ThreadPoolExecutor(threads - 1) as pool:
-        others = [pool.submit(run) for _ in range(threads - 1)]
-        run()
-        for other in others:
-            other.result()
+    # waking a thread costs as much as a block
+    share(run, max(1, min(torch.get_num_threads(), len(blocks) // 2)))
 
 
 def on_tensors(stream: Tensor) -> bool:
@@ -237,14 +229,14 @@ def stream_looked_up(stream: Tensor, count: int, table: Tensor) -> Tensor:
     entries, target = table.numpy(), out.numpy()
 
     def make(size: int) -> Work:
-        index, found = np.empty(size, np.intp), np.empty(size, entries.dtype)
+        index, found = scratch("rng.index", size, np.intp), scratch("rng.found", size, entries.dtype)
 
         def work(rows: slice, columns: slice, words: Words) -> None:
             halves = words.view(np.uint16).reshape(*words.shape, 2)
             places, values = (array[: words.size].reshape(words.shape) for array in (index, found))
             for part in (0, 1):
                 np.copyto(places, halves[:, :, part])
-                np.take(entries, places, out=values, mode="clip")
+                entries.take(places, out=values, mode="clip")
                 into = target[rows, part * half + columns.start : min(part * half + columns.stop, count)]
                 np.copyto(into, values[:, : into.shape[1]])
 
