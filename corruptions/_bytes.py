@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import cv2
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustlab.core.shift import from_bytes, to_bytes
+from robustlab.core.shift import to_bytes
 from robustlab.core.threads import share
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
@@ -50,7 +51,7 @@ def in_threads(work: Callable[[int, int], None], count: int, values: int) -> Non
         work(0, count)
         return
     bounds = [count * part // threads for part in range(threads + 1)]
-    parts = iter(zip(bounds[:-1], bounds[1:], strict=True))
+    parts = pairwise(bounds)
 
     def run() -> None:
         for start, stop in parts:
@@ -111,22 +112,31 @@ def sums(pixels: Tensor) -> Tensor:
     return torch.tensor(totals, dtype=torch.float64).to(torch.int64).reshape(count, channels)
 
 
-def image_sums(pixels: Tensor, table: Tensor) -> Tensor:
-    """Return the exact sums of ``table[pixel]`` over the pixels and channels of each image, int64 (N,).
+def copy_and_sums(pixels: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a copy of uint8 images, and the exact sums of the pixels and of ``table[pixel]`` over each image.
 
     Args:
         pixels: uint8 (N, C, H, W).
         table: uint8 (256,).
+
+    Returns:
+        uint8 (N, C, H, W), laid out in memory as the images were, and twice int64 (N,).
     """
     if pixels.device.type != "cpu":
-        return sums(look_up(pixels, table)).sum(1)
-    images, _ = _as_held(pixels)
-    scratch, entries, totals = np.empty_like(images[0]), table.numpy(), []
-    for image in images:
-        np.copyto(scratch, image)
+        return pixels.clone(), sums(pixels).sum(1), sums(look_up(pixels, table)).sum(1)
+    images, last = _as_held(pixels)
+    out = np.empty_like(images)
+    rows = (array.reshape(len(array), array.shape[1], -1) for array in (images, out))
+    scratch, entries, totals = np.empty(images[0].size, np.uint8), table.numpy(), np.empty((2, len(images)))
+    scratch = scratch.reshape(images.shape[1], -1)
+    for place, (image, copy) in enumerate(zip(*rows, strict=True)):
+        np.copyto(copy, image)
+        totals[0, place] = cv2.sumElems(copy)[0]
+        np.copyto(scratch, copy)
         _translate(scratch, entries)
-        totals.append(cv2.sumElems(scratch.reshape(len(scratch), -1))[0])
-    return torch.tensor(totals, dtype=torch.float64).to(torch.int64)
+        totals[1, place] = cv2.sumElems(scratch)[0]
+    plain, other = torch.from_numpy(totals).to(torch.int64)
+    return _from_held(out, last), plain, other
 
 
 def _as_held(pixels: Tensor) -> tuple[Pixels, bool]:
@@ -136,12 +146,18 @@ def _as_held(pixels: Tensor) -> tuple[Pixels, bool]:
     return held.numpy(), last
 
 
-def look_up(pixels: Tensor, table: Tensor) -> Tensor:
+def _from_held(images: Pixels, last: bool) -> Tensor:
+    done = torch.from_numpy(images)
+    return done.permute(0, 3, 1, 2) if last else done
+
+
+def look_up(pixels: Tensor, table: Tensor, *, overwrite: bool = False) -> Tensor:
     """Return ``table[pixel]`` of every pixel.
 
     Args:
         pixels: uint8 (N, C, H, W).
         table: uint8 (256,) for all images, (N, 256), one row each, or (N, C, 256), one for each channel.
+        overwrite: Whether the images may be written over.
 
     Returns:
         uint8 (N, C, H, W); in memory, channels lie last where they did, except for tables by channel.
@@ -151,16 +167,15 @@ def look_up(pixels: Tensor, table: Tensor) -> Tensor:
         index = pixels.reshape(groups, -1).to(torch.int64)
         return table.reshape(groups, 256).gather(1, index).view(pixels.shape)
     images, last = _as_held(planar(pixels) if table.ndim == 3 else pixels)
-    # memory from NumPy comes in huge pages, which are handed out many times as fast as torch's
-    out = np.empty_like(images)
+    out = images if overwrite else np.empty_like(images)
     tables = table.reshape(-1, 256).expand(len(images) if table.ndim < 3 else -1, -1).numpy()
     # image by image, and on one thread: that is done sooner than others would start
     flat = (array.reshape(len(tables), -1) for array in (images, out))
     for image, made, row in zip(*flat, tables, strict=True):
-        np.copyto(made, image)
+        if not overwrite:
+            np.copyto(made, image)
         _translate(made, row)
-    done = torch.from_numpy(out)
-    return done.permute(0, 3, 1, 2) if last else done
+    return _from_held(out, last)
 
 
 def _translate(values: Pixels, table: Pixels) -> None:
@@ -173,17 +188,6 @@ def _translate(values: Pixels, table: Pixels) -> None:
 def every_level(count: int, channels: int, device: torch.device) -> Tensor:
     """Return the 256 grey levels as uint8 images (count, channels, 1, 256)."""
     return torch.arange(256, dtype=torch.uint8, device=device).expand(count, channels, 1, 256)
-
-
-def by_table(function: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
-    """Return ``to_bytes(function(from_bytes(pixels)))`` of a function of each pixel value alone, through a table.
-
-    Args:
-        function: Of float32 images (N, 1, H, W); the table is made by calling it on the 256 levels, so that rounding
-            is the same to the last digit.
-        pixels: uint8 (N, C, H, W).
-    """
-    return look_up(pixels, rounded(function(from_bytes(every_level(len(pixels), 1, pixels.device)))).flatten(1))
 
 
 def rounded(units: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from robustlab.core.threads import scratch
 from ._bytes import empty_like, planar
 
 Array = np.ndarray[Any, Any]
-Change = Callable[[Array, Array, Words], None]
+Change = Callable[[Array, Array, Array], None]
 """Of pixels (rows, columns) and a place of that shape for the result, both uint8, and the words of the block."""
 
 _SERIAL = 1 << 15  # torch shares longer ones out among its own threads, and here there are threads already
@@ -86,8 +86,8 @@ def changed_in_halves(pixels: Tensor, stream: Tensor, make: Callable[[int], Chan
         def work(rows: slice, columns: slice, words: Words) -> None:
             halves = words.view(np.uint16).reshape(*words.shape, 2).swapaxes(1, 2)
             if count == 2 * half:
-                pairs = (array.reshape(len(array), 2, half)[rows, :, columns] for array in (given, target))
-                change(*pairs, halves)
+                source, out = (array.reshape(len(array), 2, half)[rows, :, columns] for array in (given, target))
+                change(source, out, halves)
                 return
             for part in (0, 1):
                 place = slice(part * half + columns.start, min(part * half + columns.stop, count))
@@ -353,23 +353,60 @@ def sample_alias(pixels: Tensor, stream: Tensor, table: Tensor) -> Tensor:
     entries = table.numpy()
 
     def make(size: int) -> Change:
-        columns, found = scratch("words.columns", size, np.uint16), scratch("words.found", size, np.int32)
-        flags, shifts = scratch("words.flags", size, np.bool_), scratch("words.shifts", size, np.uint16)
+        pick = _picker(entries, size)
 
         def change(source: Array, out: Array, words: Words) -> None:
-            count = words.size
-            column, entry = columns[:count], found[:count]
-            halves = words.view(np.uint16).reshape(-1, 2)
-            np.right_shift(halves[:, 1], 8, out=column)
-            np.copyto(column.view(np.uint8).reshape(*source.shape, 2)[:, :, 1], source)
-            look_up_halves(column, entries, entry)
-            parts = entry.view(np.uint16).reshape(-1, 2)
-            other, shift = flags[:count], shifts[:count]
-            np.greater_equal(halves[:, 0], parts[:, 1], out=other)
-            np.left_shift(other.view(np.uint8), 3, out=shift, dtype=np.uint16)
-            np.right_shift(parts[:, 0], shift, out=shift)
-            np.copyto(out, shift.reshape(out.shape), casting="unsafe")
+            halves = words.view(np.uint16).reshape(*words.shape, 2)
+            pick(source, halves.view(np.uint8)[:, :, 3], halves[:, :, 0], out)
 
         return change
 
     return changed_in_blocks(pixels, stream, 1, make)
+
+
+def sample_quantiles(pixels: Tensor, stream: Tensor, cells: Array, entries: Array) -> Tensor:
+    """Return a quantile for each pixel of the law of its grey level, at its number of ``SampleRng.quantiles``.
+
+    Args:
+        pixels: uint8 (N, C, H, W), on the CPU.
+        stream: int64 (N,) of ``SampleRng.stream``.
+        cells: uint8 (65536,) of ``_poisson.quantile_table``.
+        entries: int32 (65536,) of it.
+    """
+
+    def make(size: int) -> Change:
+        pick, held = _picker(entries, size), scratch("words.cells", size, np.uint8)
+
+        def change(source: Array, out: Array, halves: Array) -> None:
+            cell = held[: source.size].reshape(source.shape)
+            look_up_halves(halves, cells, cell)
+            pick(source, cell, halves, out)
+
+        return change
+
+    return changed_in_halves(pixels, stream, make)
+
+
+def _picker(entries: Array, size: int) -> Callable[[Array, Array, Array, Array], None]:
+    """Return a function of pixels, columns, uniform numbers and a place for the result, all of one shape.
+
+    It reads the entry at 256 pixel + column: its lowest byte is the result where the number is below the upper half,
+    else the next byte is.
+    """
+    columns, found = scratch("words.columns", size, np.uint16), scratch("words.found", size, np.int32)
+    flags, shifts = scratch("words.flags", size, np.bool_), scratch("words.shifts", size, np.uint16)
+
+    def pick(source: Array, column: Array, number: Array, out: Array) -> None:
+        index, entry, other, shift = (
+            array[: source.size].reshape(source.shape) for array in (columns, found, flags, shifts)
+        )
+        parts, ends = entry.view(np.uint16).reshape(*source.shape, 2), index.view(np.uint8).reshape(*source.shape, 2)
+        np.copyto(ends[..., 0], column)
+        np.copyto(ends[..., 1], source)
+        look_up_halves(index, entries, entry)
+        np.greater_equal(number, parts[..., 1], out=other)
+        np.left_shift(other.view(np.uint8), 3, out=shift, dtype=np.uint16)
+        np.right_shift(parts[..., 0], shift, out=shift)
+        np.copyto(out, shift, casting="unsafe")
+
+    return pick

@@ -16,7 +16,7 @@ from robustlab.core.registry import CORRUPTIONS
 from robustlab.core.rng import SampleRng
 from robustlab.core.shift import from_bytes
 
-from ._bytes import by_table, every_level, image_sums, look_up, rounded, sums
+from ._bytes import copy_and_sums, every_level, look_up, rounded
 from ._checks import check_levels
 
 _UNIT = 31  # every level q / 255 in float32 is a multiple of 2^-31
@@ -32,12 +32,13 @@ def _levels_in_units() -> tuple[int, int, Tensor]:
     return factor, offset, (rest - offset).to(torch.uint8)
 
 
-def byte_means(pixels: Tensor) -> Tensor:
-    """Return the mean of ``from_bytes(pixels)`` over pixels and channels, float32 (N,), from exact integer sums."""
+def copy_and_means(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a copy, and the mean of ``from_bytes(pixels)`` over pixels and channels, float32 (N,), of exact sums."""
     factor, offset, rest = _levels_in_units()
     count = pixels[0].numel()
-    total = sums(pixels).sum(1) * factor + image_sums(pixels, rest.to(pixels.device)) + count * offset
-    return total.to(torch.float64).mul_(2.0**-_UNIT).div_(count).to(torch.float32)
+    copy, levels, rests = copy_and_sums(pixels, rest.to(pixels.device))
+    total = levels * factor + rests + count * offset
+    return copy, total.to(torch.float64).mul_(2.0**-_UNIT).div_(count).to(torch.float32)
 
 
 def _means(images: Tensor) -> Tensor:
@@ -63,8 +64,10 @@ class _AboutMean(Corruption):
 
     def apply_bytes(self, pixels: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
         del draws
-        mean = byte_means(pixels)
-        return by_table(lambda levels: _about(levels, mean, values["factor"]), pixels)
+        copy, mean = copy_and_means(pixels)
+        # made by the same formula from the 256 levels, so that rounding is the same to the last digit
+        levels = from_bytes(every_level(len(pixels), 1, pixels.device))
+        return look_up(copy, rounded(_about(levels, mean, values["factor"])).flatten(1), overwrite=True)
 
 
 @CORRUPTIONS.register("contrast-loss")

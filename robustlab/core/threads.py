@@ -1,5 +1,4 @@
-"""Threads for work on the CPU, and scratch memory, both kept between calls: to make them anew costs as much as to use
-them on a batch of small images."""
+"""Threads for work on the CPU and scratch memory, both kept between calls, as new ones cost a small batch's time."""
 
 from __future__ import annotations
 

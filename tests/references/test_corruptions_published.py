@@ -21,8 +21,8 @@ from corruptions import (
     StainShift,
     standard,
 )
+from corruptions._poisson import poisson_quantile
 from corruptions.blur import disc_blur, disc_kernel
-from corruptions.noise import poisson_quantile
 from corruptions.staining import STAINS
 from robustlab.core.registry import CORRUPTIONS
 from robustlab.core.rng import SampleRng

@@ -4,10 +4,12 @@ import hashlib
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
 import corruptions._words as words
+from corruptions import _poisson
 from corruptions._poisson import alias_table
 from corruptions.compose import Compose
 from corruptions.noise import GaussianNoise, ImpulseNoise, PoissonNoise, SpeckleNoise
@@ -102,6 +104,35 @@ def test_bytes_are_the_rounded_floats(shift, shape):
     for severity in (0.3, 2, 4.5):
         floats = shift(pixels / 255, severity, ids=keys(len(pixels)))
         assert torch.equal((floats * 255).round().to(torch.uint8), shift(pixels, severity, ids=keys(len(pixels))))
+
+
+@pytest.mark.parametrize("sigma", [1e-7, 0.01, 0.1234, 0.25, 1.0, 100.0])
+def test_whole_number_noise_is_the_rounded_float_noise(sigma):
+    # enough values for the hundreds whose sum lies near a half, where single precision decides
+    pixels, noise = ramp((20, 3, 112, 112)), GaussianNoise.at(sigma=sigma)
+    floats = noise(pixels / 255, 1, ids=keys(20))
+    assert torch.equal((floats * 255).round().to(torch.uint8), noise(pixels, 1, ids=keys(20)))
+
+
+@pytest.mark.parametrize("photons", [0.3, 10.0, 137.1, 400.0, 1e4])
+def test_photon_table_holds_every_quantile(photons):
+    every = np.broadcast_to(np.arange(65536), (256, 65536)).copy()
+    cells, entries = _poisson.quantile_table(photons, 1 << 21)
+    entry = entries.view(np.uint32)[(np.arange(256)[:, None] << 8) + cells]
+    found = np.where(every < entry >> 16, entry & 255, (entry >> 8) & 255)
+    assert np.array_equal(found, _poisson._stored_quantiles(every, photons))
+
+
+def test_photon_noise_by_table_is_the_photon_noise(monkeypatch):
+    asked = []
+    monkeypatch.setattr(_poisson, "_asked", lambda photons: asked)
+    for shape in [(3, 3, 100, 111), (2, 3, 221, 219)]:
+        pixels, noise = ramp(shape), PoissonNoise.at(photons=33.3)
+        asked[:] = [-(1 << 30)]
+        floats = noise(pixels, 1, ids=keys(len(pixels)))
+        asked[:] = [1 << 30]
+        assert torch.equal(noise(pixels, 1, ids=keys(len(pixels))), floats)
+        assert asked[0] > 1 << 30
 
 
 @pytest.mark.parametrize("kind", [GaussianNoise, RefGaussianNoise])

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corruptions._bytes import by_table, each_image, interleaved, look_up, planar, sums
+from corruptions._bytes import each_image, interleaved, look_up, planar, sums
 from corruptions.colour import Saturation
-from corruptions.contrast import Brightness, ContrastGain, ContrastLoss, Gamma, byte_means
+from corruptions.contrast import Brightness, ContrastGain, ContrastLoss, Gamma, copy_and_means
 from corruptions.staining import StainShift
 from robustlab.core.errors import ConfigError, RangeError
 from robustlab.core.shift import ShiftContext, from_bytes, luma, to_bytes
@@ -75,7 +75,10 @@ def test_images_larger_than_a_block_keep_their_own_draws(kind, size):
 def test_means_of_bytes_are_those_of_floats():
     for pixels in (random_bytes(5, 3, 60, 70), random_bytes(3, 1, 1, 1), torch.full((2, 3, 224, 224), 255).byte()):
         floats = from_bytes(pixels).to(torch.float64).mean((1, 2, 3)).to(torch.float32)
-        assert torch.equal(byte_means(pixels), floats)
+        copy, means = copy_and_means(pixels)
+        assert torch.equal(means, floats)
+        assert torch.equal(copy, pixels)
+        assert copy.data_ptr() != pixels.data_ptr()
 
 
 def of_sign(kind, sign):
@@ -184,8 +187,9 @@ def test_tables_of_any_kind_at_any_size(size, last):
     assert torch.equal(look_up(pixels, rows), torch.stack([row[each] for row, each in zip(rows, index, strict=True)]))
     expected = torch.stack([torch.stack([table[n, c][index[n, c]] for c in range(3)]) for n in range(3)])
     assert torch.equal(look_up(pixels, table), expected)
-    assert torch.equal(by_table(lambda levels: 1 - levels, pixels), 255 - pixels)
     assert torch.equal(pixels, before)
+    made = look_up(pixels, rows, overwrite=True)
+    assert torch.equal(made, torch.stack([row[each] for row, each in zip(rows, index, strict=True)]))
 
 
 def test_layouts_sums_and_images():
