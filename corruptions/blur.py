@@ -159,13 +159,28 @@ def disc_kernel(radius: float) -> np.ndarray[tuple[int, int], np.dtype[np.float6
 
 
 def disc_blur(images: Tensor, radius: float) -> Tensor:
-    """Return images blurred by a disc of ``radius`` pixels, borders repeated.
+    """Return images (N, C, H, W) blurred by a disc of ``radius`` pixels, borders repeated.
 
-    The kernel is written as nested horizontal boxes shifted up and down, which takes a number of image additions
-    proportional to the radius instead of its square, in an order that does not depend on the batch.
+    On the CPU OpenCV sums in an order of its own, so that results differ from those of other devices in the last
+    digits. There the kernel is written as nested horizontal boxes shifted up and down, which takes a number of image
+    additions proportional to the radius instead of its square, in an order that does not depend on the batch.
     """
     if radius == 0:
         return images
+    if images.device.type == "cpu":
+        return image_by_image(lambda _, image, scratch: _disc_image(image, radius, scratch), images)
+    return nested_boxes(images, radius)
+
+
+def _disc_image(image: Floats, radius: float, out: Floats) -> Floats:
+    """Write ``disc_blur`` of one float32 image, (H, W) or (H, W, 3), to ``out``, which may be the image itself."""
+    kernel = disc_kernel(radius).astype(np.float32)
+    cv2.filter2D(image, cv2.CV_32F, kernel, dst=out, borderType=cv2.BORDER_REPLICATE)
+    return out
+
+
+def nested_boxes(images: Tensor, radius: float) -> Tensor:
+    """Return ``disc_blur`` by sums of whole images, on any device."""
     kernel = disc_kernel(radius)
     reach = len(kernel) // 2
     quarter = kernel[reach:, reach:]
@@ -220,6 +235,16 @@ class DefocusBlur(Corruption):
     def apply(self, images: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
         del draws
         return disc_blur(images, values["radius"] / 100 * images.shape[2])
+
+    def apply_bytes(self, pixels: Tensor, draws: Draws, values: Mapping[str, float]) -> Tensor:
+        radius = values["radius"] / 100 * pixels.shape[2]
+        if pixels.device.type != "cpu" or radius == 0:
+            return super().apply_bytes(pixels, draws, values)
+
+        def blurred(_: int, image: Image, scratch: Floats) -> Image:
+            return to_levels(_disc_image(to_units(image, scratch), radius, scratch))
+
+        return image_by_image(blurred, pixels)
 
 
 @CORRUPTIONS.register("gaussian-blur")

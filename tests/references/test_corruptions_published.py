@@ -22,7 +22,7 @@ from corruptions import (
     standard,
 )
 from corruptions._poisson import poisson_quantile
-from corruptions.blur import disc_blur, disc_kernel
+from corruptions.blur import disc_blur, disc_kernel, nested_boxes
 from corruptions.staining import STAINS
 from robustlab.core.registry import CORRUPTIONS
 from robustlab.core.rng import SampleRng
@@ -197,19 +197,20 @@ def test_defocus_kernel_is_the_mean_over_the_disc():
         assert spread == pytest.approx(radius**2 / 4 + (part * (1 - part)).mean(), rel=0.01)
 
 
+@pytest.mark.parametrize("blur", [disc_blur, nested_boxes])
 @pytest.mark.parametrize("radius", [0.3, 1.7, 4.2, 9.0])
-def test_defocus_equals_direct_convolution_and_preserves_energy(radius):
+def test_defocus_equals_direct_convolution_and_preserves_energy(radius, blur):
     images = tensor(photograph(40, 57, 3))
     kernel = torch.from_numpy(disc_kernel(radius))
     reach = len(kernel) // 2
     padded = torch.nn.functional.pad(images.double(), (reach,) * 4, mode="replicate")
     expected = torch.nn.functional.conv2d(padded.transpose(0, 1), kernel[None, None]).transpose(0, 1)
-    assert torch.allclose(disc_blur(images, radius).double(), expected, atol=3e-6)
+    assert torch.allclose(blur(images, radius).double(), expected, atol=3e-6)
     point = torch.zeros(1, 1, 41, 41)
     point[..., 20, 20] = 1
-    assert disc_blur(point, radius).sum().item() == pytest.approx(1, abs=1e-5)
+    assert blur(point, radius).sum().item() == pytest.approx(1, abs=1e-5)
     flat = torch.full((1, 1, 9, 9), 0.37)
-    assert torch.allclose(disc_blur(flat, radius), flat, atol=1e-6)
+    assert torch.allclose(blur(flat, radius), flat, atol=1e-6)
 
 
 def test_defocus_is_given_in_percent_of_the_height():
