@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from .pgd import PGD
+from .apgd import APGD, TargetedAPGD
+from .pgd import FGSM, PGD
 
-__all__ = ["PGD"]
+__all__ = ["APGD", "FGSM", "PGD", "TargetedAPGD"]

@@ -27,23 +27,27 @@ class AttackResult:
         success: bool (N,); NaN or infinite outputs are never a success.
         margin: float32 (N,), true-class logit minus the best other one; below 0 is a wrong answer.
         queries: int64 (N,), forward passes spent on each sample.
+        probability: float32 (N,), for random models the share of fresh forward passes that were wrong; then success is
+            more than half of them, and the margin is their mean. None where the model is not random.
     """
 
     images: Tensor
     success: Tensor
     margin: Tensor
     queries: Tensor
+    probability: Tensor | None = None
 
 
 class Attack(Shift):
     """A search for the worst input near a clean one.
 
-    Subclasses are frozen dataclasses with the fields ``norm`` and ``eps`` (increasing budgets on the [0, 1] scale) and
-    implement ``run``. Severity 5 k / B is the k-th of B budgets, with straight lines between.
+    Subclasses are frozen dataclasses with the fields ``norm``, ``eps`` (increasing budgets) and ``units`` (``"unit"``:
+    on the [0, 1] scale; ``"native"``: those of the source), and implement ``run``. Severity 5 k / B is the k-th of B budgets, with straight lines between.
     """
 
     norm: Norm
     eps: tuple[float, ...]
+    units: Literal["unit", "native"]
     access: ClassVar[str] = "gradients"
 
     @abstractmethod

@@ -1,0 +1,171 @@
+"""What an attack sees of a model on one batch, and the best images that it has found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from robustlab.core.attack import AttackResult, Norm, project, round_toward
+from robustlab.core.checks import check_labels
+from robustlab.core.errors import ModelError
+from robustlab.core.model import Model
+from robustlab.core.types import Batch, ImageSpec, Task
+
+from .losses import margin
+
+Loss = Callable[[Tensor, Tensor, Task], Tensor]
+"""Of logits (N, C), labels and the task; float (N,), which the attack raises."""
+
+
+class Oracle:
+    """Answers and gradients of a model on parts of a batch; keeps, for each sample, the image of the smallest margin.
+
+    The clean image counts as the first look: samples that the model gets wrong there are settled, and left as they are.
+    For sources with a bit depth every forward pass sees the image as it would be stored, and gradients pass straight
+    through the rounding. Logits that are not finite are never the better ones.
+
+    Args:
+        model: The view that is attacked, in eval mode.
+        batch: Samples with labels.
+        spec: What the pixel values mean; None for no rounding.
+        eps: Budget on the [0, 1] scale.
+        norm: Norm of the budget.
+        mask: float (N, 1 or C, H, W), 1 where pixels may change, 0 elsewhere; None for everywhere.
+        draws: Forward passes that are averaged where the model is random.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        batch: Batch,
+        spec: ImageSpec | None,
+        *,
+        eps: float,
+        norm: Norm,
+        mask: Tensor | None = None,
+        draws: int = 1,
+    ) -> None:
+        assert batch.labels is not None  # noqa: S101 - callers have checked it, for the type checkers
+        self.model = model
+        self.batch = batch
+        self.spec = spec
+        self.eps = eps
+        self.norm: Norm = norm
+        self.mask = mask
+        self.draws = draws
+        self.clean = batch.images
+        self.labels = batch.labels
+        count, device = len(batch), batch.images.device
+        self.images = self.clean.clone()
+        self.margin = torch.full((count,), torch.inf, device=device, dtype=self.clean.dtype)
+        self.seen = torch.zeros(count, dtype=torch.bool, device=device)
+        self.settled = torch.zeros(count, dtype=torch.bool, device=device)
+        self.queries = torch.zeros(count, dtype=torch.int64, device=device)
+        self.all = torch.arange(count, device=device)
+        self.num_classes = 0
+
+    def begin(self) -> None:
+        """Look at the clean images, and check the labels against the classes that the model has."""
+        logits = self.forward(self.clean, self.all)
+        self.num_classes = logits.shape[1]
+        self.settled = self.margin < 0
+
+    def open(self) -> Tensor:
+        """Return the places, int64, of samples that are not yet wrong; this waits for the device."""
+        return (self.margin >= 0).nonzero().squeeze(1)
+
+    def stored(self, images: Tensor, rows: Tensor) -> Tensor:
+        """Return images as a source of this bit depth would store them."""
+        return round_toward(images.detach(), self.clean[rows], self.spec).detach()
+
+    def project(self, images: Tensor, rows: Tensor) -> Tensor:
+        """Return images moved inside the mask, the ball and the box."""
+        clean = self.clean[rows]
+        if self.mask is not None:
+            images = clean + (images - clean) * self.mask[rows]
+        return project(images, clean, self.eps, self.norm)
+
+    def forward(self, images: Tensor, rows: Tensor) -> Tensor:
+        """Return logits (n, C), the mean over the draws, of images of the samples at ``rows``, and look at them."""
+        with torch.no_grad():
+            images = self.stored(images, rows)
+            drawn = [self._logits(images, rows) for _ in range(self.draws)]
+            self._look(drawn, images, rows)
+            return drawn[0] if self.draws == 1 else torch.stack(drawn).mean(0)
+
+    def gradient(self, images: Tensor, rows: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
+        """Return the loss (n,) and its gradient (n, C, H, W), 0 where it is not finite, and look at the images.
+
+        Both are means over the draws: gradients are averaged, not logits (Athalye et al. 2018).
+        """
+        images = self.stored(images, rows).requires_grad_(True)
+        drawn: list[Tensor] = []
+        total, slope = torch.zeros(len(rows), device=images.device, dtype=images.dtype), torch.zeros_like(images)
+        for _ in range(self.draws):
+            logits = self._logits(images, rows)
+            values = loss(logits, self.labels[rows], self.model.task)
+            slope = slope + self._slope(values, images)
+            total = total + values.detach()
+            drawn.append(logits.detach())
+        self._look(drawn, images.detach(), rows)
+        slope = torch.nan_to_num(slope / self.draws if self.draws > 1 else slope, nan=0.0, posinf=0.0, neginf=0.0)
+        if self.mask is not None:
+            slope = slope * self.mask[rows]
+        return (total / self.draws if self.draws > 1 else total), slope
+
+    def result(self, fresh: int = 0) -> AttackResult:
+        """Return the best images, judged by the looks that found them, or by ``fresh`` draws of a random model."""
+        probability = None
+        success, smallest = self.seen & (self.margin < 0), torch.where(self.seen, self.margin, torch.nan)
+        if fresh:
+            with torch.no_grad():
+                drawn = torch.stack([self._judge() for _ in range(fresh)])
+            probability = (drawn < 0).to(smallest.dtype).mean(0)
+            success, smallest = probability > 0.5, drawn.nanmean(0)
+        return AttackResult(
+            images=self.images, success=success, margin=smallest, queries=self.queries, probability=probability
+        )
+
+    def _judge(self) -> Tensor:
+        return margin(self._logits(self.images, self.all), self.labels, self.model.task)
+
+    def _logits(self, images: Tensor, rows: Tensor) -> Tensor:
+        part = self.batch if len(rows) == len(self.batch) else self.batch.select(rows)
+        logits = self.model.outputs(part.replace(images)).logits
+        if not self.num_classes:
+            check_labels(
+                self.labels,
+                task=self.model.task,
+                num_classes=logits.shape[1],
+                count=len(self.clean),
+                who=f"attack on {self.model.model_name}",
+            )
+        self.queries[rows] += 1
+        return logits
+
+    def _slope(self, values: Tensor, images: Tensor) -> Tensor:
+        slope = None
+        if values.requires_grad:
+            (slope,) = torch.autograd.grad(values.sum(), images, allow_unused=True)
+        if slope is None:
+            raise ModelError(
+                f"attack on {self.model.model_name}",
+                "a model through which gradients reach the input",
+                "an output that does not depend on the input for autograd",
+                "Remove torch.no_grad() and .detach() from the forward pass, or leave gradient attacks out.",
+            )
+        return slope
+
+    def _look(self, drawn: list[Tensor], images: Tensor, rows: Tensor) -> None:
+        """Keep the images whose margin, the mean over the draws, is the smallest so far."""
+        labels, task = self.labels[rows], self.model.task
+        margins = [margin(logits, labels, task).to(self.margin.dtype) for logits in drawn]
+        now = margins[0] if len(margins) == 1 else torch.stack(margins).mean(0)
+        finite = ~torch.isnan(now)
+        best = self.margin[rows]
+        better = finite & (now < best) & ~self.settled[rows]
+        self.seen[rows] |= finite
+        self.margin[rows] = torch.where(better, now, best)
+        self.images[rows] = torch.where(better.view(-1, 1, 1, 1), images, self.images[rows])
