@@ -14,7 +14,7 @@ from robustlab.core.rng import SampleRng
 from robustlab.core.types import Task
 
 from .base import Search
-from .losses import LOSSES, LossName, loss_named, targeted_dlr
+from .losses import LOSSES, LossName, loss_named, signed, targeted_dlr
 from .oracle import Loss, Oracle
 from .steps import TINY, lengths, surface_start
 
@@ -84,13 +84,14 @@ class TargetedAPGD(_Stepped):
     """Auto-PGD towards each of the likeliest wrong classes in turn; any wrong answer is a success.
 
     The loss is -(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2) for the target t, and -(z_y - z_t) below four classes.
-    Targets are ranked by the clean logits.
+    Targets are ranked by the clean logits. Where an image has several labels, the targets are the labels that are
+    closest to flipping, each searched by itself.
 
     Args:
         steps: Gradient steps of each restart.
         restarts: Independent starts for each target.
         rho: Share of rising steps that is taken for progress.
-        targets: Most wrong classes to aim at; all of them where there are fewer.
+        targets: Most wrong classes, or labels, to aim at; all of them where there are fewer.
 
     References:
         F. Croce, M. Hein, 2020, 2003.01690.
@@ -103,8 +104,8 @@ class TargetedAPGD(_Stepped):
         self.at_least_one("targets", self.targets, "The reference ensemble aims at 9.")
 
     def search(self, oracle: Oracle, rng: SampleRng, rows: Tensor, start: Tensor | None, *, stop: bool) -> None:
-        ranked = ranked_targets(oracle, rows, "TargetedAPGD")
-        for place in range(min(self.targets, oracle.num_classes - 1)):
+        ranked = ranked_targets(oracle, rows)
+        for place in range(min(self.targets, ranked.shape[1])):
             for restart in range(self.restarts):
                 if stop:
                     left = oracle.margin[rows] >= 0
@@ -116,15 +117,15 @@ class TargetedAPGD(_Stepped):
                 climb.run_towards(ranked[:, place])
 
 
-def ranked_targets(oracle: Oracle, rows: Tensor, who: str) -> Tensor:
-    """Return the classes after the first by clean logit, largest first, int64 (n, C - 1).
+def ranked_targets(oracle: Oracle, rows: Tensor) -> Tensor:
+    """Return what a targeted search aims at, the closest first.
 
-    Raises:
-        ConfigError: The model has several labels an image.
+    For classes those after the first by clean logit, int64 (n, C - 1); for several labels an image the labels, by how
+    far their clean logits are from flipping, int64 (n, C), those that are not annotated last.
     """
+    logits = oracle.ask(oracle.clean[rows], rows)
     if oracle.model.task == "multilabel":
-        raise ConfigError(who, "one class an image", "several labels", "Use an attack with loss='margin'.")
-    logits = oracle.forward(oracle.clean[rows], rows)
+        return signed(logits, oracle.labels[rows]).sort(dim=1).indices
     return logits.sort(dim=1).indices.flip(1)[:, 1:]
 
 
@@ -161,7 +162,8 @@ class Climb:
         self.targets = targets
 
         def loss(logits: Tensor, labels: Tensor, task: Task) -> Tensor:
-            del task
+            if task == "multilabel":
+                return -signed(logits, labels).gather(1, self.targets[:, None]).squeeze(1)
             return targeted_dlr(logits, labels, self.targets)
 
         self.run(loss)

@@ -31,7 +31,7 @@ def margin(logits: Tensor, labels: Tensor, task: Task) -> Tensor:
     Returns:
         float (N,); NaN where any logit is NaN or infinite, infinity where no label is annotated.
     """
-    value = _signed(logits, labels).amin(1) if task == "multilabel" else _gap(logits, labels)
+    value = signed(logits, labels).amin(1) if task == "multilabel" else _gap(logits, labels)
     return torch.where(torch.isfinite(logits).all(1), value, torch.nan)
 
 
@@ -50,7 +50,7 @@ def attack_loss(logits: Tensor, labels: Tensor, task: Task) -> Tensor:
         task: Task of the model.
     """
     if task == "multilabel":
-        return -_signed(logits, labels).amin(1)
+        return -signed(logits, labels).amin(1)
     with torch.no_grad():
         error = logits.softmax(1) - F.one_hot(labels, logits.shape[1])
         saturated = error.abs().amax(1, keepdim=True) < torch.finfo(torch.float32).eps
@@ -68,17 +68,17 @@ def cross_entropy(logits: Tensor, labels: Tensor, task: Task) -> Tensor:
         task: Task of the model.
     """
     if task == "multilabel":
-        return F.softplus(-_signed(logits, labels)).sum(1)
+        return F.softplus(-signed(logits, labels)).sum(1)
     return F.cross_entropy(logits, labels, reduction="none")
 
 
 def minus_margin(logits: Tensor, labels: Tensor, task: Task) -> Tensor:
     """Return minus the margin, float (N,), also where logits are not finite."""
-    return -_signed(logits, labels).amin(1) if task == "multilabel" else -_gap(logits, labels)
+    return -signed(logits, labels).amin(1) if task == "multilabel" else -_gap(logits, labels)
 
 
 def dlr(logits: Tensor, labels: Tensor, task: Task) -> Tensor:
-    """Return the difference of logits ratio, -(z_y - max_{c != y} z_c) / (z_(1) - z_(3)), float (N,), 3 or more classes.
+    """Return the difference of logits ratio, -(z_y - max_{c != y} z_c) / (z_(1) - z_(3)), float (N,), for C >= 3.
 
     References:
         F. Croce, M. Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
@@ -131,6 +131,6 @@ def _gap(logits: Tensor, labels: Tensor) -> Tensor:
     return own - logits.scatter(1, labels[:, None], -torch.inf).amax(1)
 
 
-def _signed(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logits times +1 or -1 for present or absent labels; infinity for labels that were not annotated."""
+def signed(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return logits times +1 or -1 for present or absent labels, infinity for labels that were not annotated (N, C)."""
     return torch.where(labels < 0, torch.inf, logits * (2 * labels - 1))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from robustlab.core.attack import AttackResult, Norm, project, round_toward
+from robustlab.core.attack import AttackResult, Norm, project, stored
 from robustlab.core.checks import check_labels
 from robustlab.core.errors import ModelError
 from robustlab.core.model import Model
@@ -65,6 +65,9 @@ class Oracle:
         self.queries = torch.zeros(count, dtype=torch.int64, device=device)
         self.all = torch.arange(count, device=device)
         self.num_classes = 0
+        self.parameters: dict[str, Tensor] | None = None  # of the best images, where an attack has them
+        self.stage = 0
+        self.found_by = torch.full((count,), -1, dtype=torch.int64, device=device)
 
     def begin(self) -> None:
         """Look at the clean images, and check the labels against the classes that the model has."""
@@ -78,7 +81,7 @@ class Oracle:
 
     def stored(self, images: Tensor, rows: Tensor) -> Tensor:
         """Return images as a source of this bit depth would store them."""
-        return round_toward(images.detach(), self.clean[rows], self.spec).detach()
+        return stored(images.detach(), self.clean[rows], self.spec, self.norm).detach()
 
     def project(self, images: Tensor, rows: Tensor) -> Tensor:
         """Return images moved inside the mask, the ball and the box."""
@@ -91,29 +94,28 @@ class Oracle:
         """Return logits (n, C), the mean over the draws, of images of the samples at ``rows``, and look at them."""
         with torch.no_grad():
             images = self.stored(images, rows)
-            drawn = [self._logits(images, rows) for _ in range(self.draws)]
+            drawn = self._drawn(images, rows)
             self._look(drawn, images, rows)
-            return drawn[0] if self.draws == 1 else torch.stack(drawn).mean(0)
+            return _mean(drawn)
+
+    def ask(self, images: Tensor, rows: Tensor) -> Tensor:
+        """Return ``forward`` without looking: for images that may lie outside the ball."""
+        with torch.no_grad():
+            return _mean(self._drawn(self.stored(images, rows), rows))
 
     def gradient(self, images: Tensor, rows: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
         """Return the loss (n,) and its gradient (n, C, H, W), 0 where it is not finite, and look at the images.
 
         Both are means over the draws: gradients are averaged, not logits (Athalye et al. 2018).
         """
-        images = self.stored(images, rows).requires_grad_(True)
-        drawn: list[Tensor] = []
-        total, slope = torch.zeros(len(rows), device=images.device, dtype=images.dtype), torch.zeros_like(images)
-        for _ in range(self.draws):
-            logits = self._logits(images, rows)
-            values = loss(logits, self.labels[rows], self.model.task)
-            slope = slope + self._slope(values, images)
-            total = total + values.detach()
-            drawn.append(logits.detach())
-        self._look(drawn, images.detach(), rows)
-        slope = torch.nan_to_num(slope / self.draws if self.draws > 1 else slope, nan=0.0, posinf=0.0, neginf=0.0)
-        if self.mask is not None:
-            slope = slope * self.mask[rows]
-        return (total / self.draws if self.draws > 1 else total), slope
+        value, slope, drawn, images = self._sloped(images, rows, loss)
+        self._look(drawn, images, rows)
+        return value, slope
+
+    def slope(self, images: Tensor, rows: Tensor, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ``gradient`` and the logits without looking: for images that may lie outside the ball."""
+        value, slope, drawn, _ = self._sloped(images, rows, loss)
+        return value, slope, _mean(drawn)
 
     def result(self, fresh: int = 0) -> AttackResult:
         """Return the best images, judged by the looks that found them, or by ``fresh`` draws of a random model."""
@@ -125,7 +127,13 @@ class Oracle:
             probability = (drawn < 0).to(smallest.dtype).mean(0)
             success, smallest = probability > 0.5, drawn.nanmean(0)
         return AttackResult(
-            images=self.images, success=success, margin=smallest, queries=self.queries, probability=probability
+            images=self.images,
+            success=success,
+            margin=smallest,
+            queries=self.queries,
+            found_by=torch.where(success, self.found_by, -1),
+            probability=probability,
+            parameters=self.parameters,
         )
 
     def _judge(self) -> Tensor:
@@ -144,6 +152,27 @@ class Oracle:
             )
         self.queries[rows] += 1
         return logits
+
+    def _drawn(self, images: Tensor, rows: Tensor) -> list[Tensor]:
+        return [self._logits(images, rows) for _ in range(self.draws)]
+
+    def _sloped(self, images: Tensor, rows: Tensor, loss: Loss) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+        """Return loss, gradient, the logits of each draw, and the images as they were stored."""
+        images = self.stored(images, rows).requires_grad_(True)
+        drawn: list[Tensor] = []
+        total, slope = torch.zeros(len(rows), device=images.device, dtype=images.dtype), torch.zeros_like(images)
+        for _ in range(self.draws):
+            logits = self._logits(images, rows)
+            values = loss(logits, self.labels[rows], self.model.task)
+            slope = slope + self._slope(values, images)
+            total = total + values.detach()
+            drawn.append(logits.detach())
+        if self.draws > 1:
+            slope, total = slope / self.draws, total / self.draws
+        slope = torch.nan_to_num(slope, nan=0.0, posinf=0.0, neginf=0.0)
+        if self.mask is not None:
+            slope = slope * self.mask[rows]
+        return total, slope, drawn, images.detach()
 
     def _slope(self, values: Tensor, images: Tensor) -> Tensor:
         slope = None
@@ -166,6 +195,12 @@ class Oracle:
         finite = ~torch.isnan(now)
         best = self.margin[rows]
         better = finite & (now < best) & ~self.settled[rows]
+        first = better & (now < 0) & (best >= 0)
+        self.found_by[rows] = torch.where(first, self.stage, self.found_by[rows])
         self.seen[rows] |= finite
         self.margin[rows] = torch.where(better, now, best)
         self.images[rows] = torch.where(better.view(-1, 1, 1, 1), images, self.images[rows])
+
+
+def _mean(drawn: list[Tensor]) -> Tensor:
+    return drawn[0] if len(drawn) == 1 else torch.stack(drawn).mean(0)

@@ -79,9 +79,10 @@ class PGD(Search):
             climb(oracle, rows, oracle.project(first, rows), steps=self.steps, alpha=alpha)
 
 
-def climb(oracle: Oracle, rows: Tensor, images: Tensor, *, steps: int, alpha: float) -> None:
-    """Take ``steps`` gradient steps of length ``alpha`` from ``images`` (n, C, H, W) of the samples at ``rows``."""
+def climb(oracle: Oracle, rows: Tensor, images: Tensor, *, steps: int, alpha: float) -> Tensor:
+    """Take ``steps`` gradient steps of length ``alpha`` from ``images`` (n, C, H, W); return where they end."""
     for _ in range(steps):
         _, gradient = oracle.gradient(images, rows, attack_loss)
         images = oracle.project(images + alpha * direction(gradient, oracle.norm), rows)
     oracle.forward(images, rows)
+    return images

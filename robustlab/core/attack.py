@@ -15,7 +15,8 @@ from .levels import MAX_SEVERITY
 from .shift import Shift, ShiftContext
 from .types import Batch, ImageSpec
 
-Norm = Literal["linf", "l2"]
+Norm = Literal["linf", "l2", "parameters"]
+"""What a budget bounds: a norm of the change, or the parameters that make it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,15 +28,21 @@ class AttackResult:
         success: bool (N,); NaN or infinite outputs are never a success.
         margin: float32 (N,), true-class logit minus the best other one; below 0 is a wrong answer.
         queries: int64 (N,), forward passes spent on each sample.
+        found_by: int64 (N,), the attack of an ensemble, counted from 1, that first made the model wrong; 0 where it was
+            wrong on the clean image, -1 where it is not wrong.
         probability: float32 (N,), for random models the share of fresh forward passes that were wrong; then success is
             more than half of them, and the margin is their mean. None where the model is not random.
+        parameters: float (N, ...) by name, that made the images, for attacks on parameters; None for the others, and
+            where nothing was searched.
     """
 
     images: Tensor
     success: Tensor
     margin: Tensor
     queries: Tensor
+    found_by: Tensor | None = None
     probability: Tensor | None = None
+    parameters: Mapping[str, Tensor] | None = None
 
 
 class Attack(Shift):
@@ -49,6 +56,7 @@ class Attack(Shift):
     eps: tuple[float, ...]
     units: Literal["unit", "native"]
     access: ClassVar[str] = "gradients"
+    norms: ClassVar[tuple[Norm, ...]] = ("linf", "l2")
 
     @abstractmethod
     def run(self, batch: Batch, ctx: ShiftContext, *, eps: float, start: Tensor | None = None) -> AttackResult:
@@ -76,12 +84,36 @@ class Attack(Shift):
             return points[low + 1]
         return points[low] if abs(weight) < 1e-9 else points[low] + weight * (points[low + 1] - points[low])
 
+    def budget(self, eps: float, spec: ImageSpec | None) -> float:
+        """Return a budget on the [0, 1] scale.
+
+        Raises:
+            ConfigError: It is in native units, and what the pixel values mean is not known.
+        """
+        if self.units == "unit":
+            return eps
+        if spec is None:
+            raise ConfigError(
+                repr(self), "data that say what their values mean, for units='native'", "none", "Use units='unit'."
+            )
+        return eps / spec.native(1.0)
+
     def parameters(self, severity: float) -> Mapping[str, tuple[float, str]]:
-        return {"eps": (self.eps_at(severity), f"{self.norm}, [0, 1] scale")}
+        unit = "[0, 1] scale" if self.units == "unit" else "native units"
+        return {"eps": (self.eps_at(severity), f"{self.norm}, {unit}")}
 
     @property
     def label(self) -> str:
-        return f"{self.name}-{self.norm}"
+        return self.name if self.norm == "parameters" else f"{self.name}-{self.norm}"
+
+    def bound(self, spec: ImageSpec) -> str:
+        """Return what the largest budget allows, in words that follow "may change"."""
+        top = max(self.eps)
+        if self.norm == "linf":
+            native = top if self.units == "native" else spec.native(top)
+            return f"every pixel by up to {native:g} {spec.unit}s"
+        scale = "the [0, 1] scale" if self.units == "unit" else f"the scale of {spec.unit}s"
+        return f"the image (Euclidean length) by up to {top:g} on {scale}"
 
     def check(self) -> None:
         """Refuse budgets that make no sense.
@@ -94,9 +126,17 @@ class Attack(Shift):
             raise RangeError(
                 type(self).__name__, "eps as increasing positive budgets", f"{eps}", "Severity 0 is the clean image."
             )
-        if self.norm not in ("linf", "l2"):
-            raise ConfigError(type(self).__name__, "norm 'linf' or 'l2'", repr(self.norm), "Check the spelling.")
-        if self.norm == "linf" and max(eps) > 1:
+        if self.norm not in self.norms:
+            known = " or ".join(map(repr, self.norms))
+            raise ConfigError(type(self).__name__, f"norm {known}", repr(self.norm), "Check the spelling.")
+        if self.units not in ("unit", "native"):
+            raise ConfigError(
+                type(self).__name__, "units 'unit' or 'native'", repr(self.units), "Native: 4 for 4 grey levels."
+            )
+        if self.norm == "parameters" and self.units == "native":
+            hint = "Its budget bounds parameters, which do not depend on the units of pixels."
+            raise ConfigError(type(self).__name__, "units='unit'", "'native'", hint)
+        if self.norm == "linf" and self.units == "unit" and max(eps) > 1:
             raise RangeError(
                 type(self).__name__, "eps on the [0, 1] scale", f"{max(eps)}", "Divide grey levels by 255, e.g. 8/255."
             )
@@ -118,13 +158,16 @@ class Attack(Shift):
             )
         if batch.labels is None:
             raise ConfigError(repr(self), "a labelled batch", "no labels", "Attacks need to know the right answer.")
-        eps = self.eps_at(severity)
+        eps = self.budget(self.eps_at(severity), ctx.spec)
         result = self.run(batch, ctx, eps=eps)
-        return batch.replace(round_toward(project(result.images, batch.images, eps, self.norm), batch.images, ctx.spec))
+        inside = project(result.images, batch.images, eps, self.norm)
+        return batch.replace(stored(inside, batch.images, ctx.spec, self.norm))
 
 
 def project(images: Tensor, clean: Tensor, eps: float, norm: Norm) -> Tensor:
-    """Return ``images`` moved into the ball of radius ``eps`` around ``clean`` and into [0, 1]."""
+    """Return ``images`` moved into the ball of radius ``eps`` around ``clean``, if the norm has one, and into [0, 1]."""
+    if norm == "parameters":
+        return images.clamp(0, 1)
     delta = images - clean
     if norm == "linf":
         delta = delta.clamp(-eps, eps)
@@ -142,3 +185,16 @@ def round_toward(images: Tensor, clean: Tensor, spec: ImageSpec | None) -> Tenso
     base = torch.round(clean * top)
     steps = torch.trunc((images - clean) * top + torch.sign(images - clean) * 1e-4)
     return (base + steps).clamp_(0, float((1 << spec.bits) - 1)).div_(top)
+
+
+def round_nearest(images: Tensor, spec: ImageSpec | None) -> Tensor:
+    """Round to the source's bit depth (half to even), in the images' own floating point type."""
+    if spec is None or spec.bits is None:
+        return images
+    top = torch.full((), float((1 << spec.bits) - 1), device=images.device)  # see quantize
+    return torch.round(images * top).clamp_(0, float((1 << spec.bits) - 1)).div_(top)
+
+
+def stored(images: Tensor, clean: Tensor, spec: ImageSpec | None, norm: Norm) -> Tensor:
+    """Return images as a source of this bit depth would store them, without leaving the threat model."""
+    return round_nearest(images, spec) if norm == "parameters" else round_toward(images, clean, spec)
