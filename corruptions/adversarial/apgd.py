@@ -42,8 +42,8 @@ class _Stepped(Search):
 class APGD(_Stepped):
     """Auto-PGD, untargeted, from a keyed random start on the sphere.
 
-    x_{t+1} = P(x_t + a (P(x_t + s d) - x_t) + (1 - a) (x_t - x_{t-1})), d the sign of the gradient (or the unit gradient
-    in L2), a = 1 in the first step and 0.75 afterwards, s = 2 eps at first. At checkpoints that come ever closer, where
+    x_{t+1} = P(x_t + a (P(x_t + s d) - x_t) + (1 - a) (x_t - x_{t-1})), d the sign of the gradient (the unit gradient in
+    L2), a = 1 in the first step and 0.75 afterwards, s = 2 eps at first. At checkpoints that come ever closer, where
     the loss rose in at most ``rho`` of the steps since, or nothing improved with the same s, s is halved and the search
     goes on from the best point. With an injected start each step is that of the authors' code, bit for bit.
 
@@ -74,6 +74,8 @@ class APGD(_Stepped):
         for restart in range(self.restarts):
             if restart and stop:
                 rows = rows[oracle.margin[rows] >= 0]
+            if not len(rows):
+                return
             first = start if start is not None and restart == 0 else started(oracle, rows, rng.child(restart))
             Climb(oracle, rows, first, steps=self.steps, rho=self.rho, stop=stop).run(loss)
 
@@ -110,6 +112,8 @@ class TargetedAPGD(_Stepped):
                 if stop:
                     left = oracle.margin[rows] >= 0
                     rows, ranked = rows[left], ranked[left]
+                if not len(rows):
+                    return
                 given = start is not None and restart == 0 and place == 0
                 first = start if given else started(oracle, rows, rng.child(place).child(restart))
                 assert first is not None  # noqa: S101 - for the type checkers

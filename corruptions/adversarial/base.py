@@ -121,7 +121,16 @@ class Search(Attack):
         model = self._checked(batch, ctx, eps, start)
         rng = ctx.rng(self.name, self.version, batch.ids)
         with attacking(model, ctx.seed, batch) as (view, clean):
-            oracle = Oracle(view, clean, ctx.spec, eps=eps, norm=self.norm, mask=self._mask(clean), draws=self.draws)
+            oracle = Oracle(
+                view,
+                clean,
+                ctx.spec,
+                eps=eps,
+                norm=self.norm,
+                mask=self._mask(clean),
+                draws=self.draws,
+                thresholds=ctx.thresholds,
+            )
             oracle.begin()
             if eps > 0:
                 rows = oracle.open() if stop else oracle.all
@@ -171,7 +180,7 @@ def attacking(model: Model, seed: int, batch: Batch) -> Iterator[tuple[Model, Ba
     devices = [images.device] if images.device.type == "cuda" else []
     # a caller may be in inference mode, whose tensors autograd refuses; copies made outside it are ordinary
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices):
-        torch.manual_seed(stable_hash("attack", seed) & (2**63 - 1))
+        torch.manual_seed(stable_hash("attack", seed) & (2**63 - 1))  # noqa: TID251 - a random model reads it; put back
         images = images.clone() if images.dtype == torch.float64 else images.to(torch.float32, copy=True)
         labels = None if batch.labels is None else batch.labels.clone()
         view = model.for_attack()

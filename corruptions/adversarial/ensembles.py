@@ -40,7 +40,7 @@ class Ensemble(Search):
             ConfigError: The ensemble is not made for such a model.
         """
 
-    def stages(self, num_classes: int, task: Task) -> tuple[Search, ...]:
+    def attacks(self, num_classes: int, task: Task) -> tuple[Search, ...]:
         """Return the attacks in their order.
 
         Raises:
@@ -51,7 +51,7 @@ class Ensemble(Search):
 
     def search(self, oracle: Oracle, rng: SampleRng, rows: Tensor, start: Tensor | None, *, stop: bool) -> None:
         del start, stop
-        for place, attack in enumerate(self.stages(oracle.num_classes, oracle.model.task), start=1):
+        for place, attack in enumerate(self.attacks(oracle.num_classes, oracle.model.task), start=1):
             rows = rows[oracle.margin[rows] >= 0]
             if not len(rows):
                 return
@@ -66,7 +66,7 @@ class Ensemble(Search):
 @ATTACKS.register("aa-standard")
 @dataclass(frozen=True)
 class StandardEnsemble(Ensemble):
-    """The reference ensemble "standard": APGD on cross-entropy, targeted APGD, targeted FAB, Square, each survivors only.
+    """The reference ensemble "standard": APGD on cross-entropy, targeted APGD, targeted FAB, Square, on survivors.
 
     With 10 classes or more it is the authors', step for step, but that random numbers are keyed by sample (and Square
     draws its windows for each sample by itself). With 4 to 9 classes, where the authors' code fails, the targeted
@@ -88,7 +88,7 @@ class StandardEnsemble(Ensemble):
 class RandomEnsemble(Ensemble):
     """The reference ensemble "rand", for random models: APGD on cross-entropy and on DLR, gradients over 20 draws.
 
-    The reference judges what it finds by one more forward pass; here 20 fresh ones do, and more than half must be wrong.
+    The reference judges what it finds by one more forward pass; here 20 fresh ones do, more than half must be wrong.
 
     References:
         F. Croce, M. Hein, 2020, 2003.01690.

@@ -34,6 +34,7 @@ class Oracle:
         norm: Norm of the budget.
         mask: float (N, 1 or C, H, W), 1 where pixels may change, 0 elsewhere; None for everywhere.
         draws: Forward passes that are averaged where the model is random.
+        thresholds: Probability at which each label is decided, for several labels an image; empty for one half.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Oracle:
         norm: Norm,
         mask: Tensor | None = None,
         draws: int = 1,
+        thresholds: tuple[float, ...] = (),
     ) -> None:
         assert batch.labels is not None  # noqa: S101 - callers have checked it, for the type checkers
         self.model = model
@@ -55,6 +57,7 @@ class Oracle:
         self.norm: Norm = norm
         self.mask = mask
         self.draws = draws
+        self.thresholds = thresholds if model.task == "multilabel" else ()
         self.clean = batch.images
         self.labels = batch.labels
         count, device = len(batch), batch.images.device
@@ -151,6 +154,10 @@ class Oracle:
                 who=f"attack on {self.model.model_name}",
             )
         self.queries[rows] += 1
+        if self.thresholds:
+            # a label is decided where its logit crosses 0
+            at = torch.tensor(self.thresholds, dtype=torch.float64).logit(1e-9)
+            logits = logits - at.to(logits.device, logits.dtype)
         return logits
 
     def _drawn(self, images: Tensor, rows: Tensor) -> list[Tensor]:

@@ -16,6 +16,8 @@ from .losses import attack_loss
 from .oracle import Oracle
 from .steps import direction, random_start
 
+_LOOK_AROUND = 5  # steps between two looks for samples that are done, which wait for the device
+
 
 @ATTACKS.register("fgsm")
 @dataclass(frozen=True)
@@ -72,16 +74,26 @@ class PGD(Search):
         for restart in range(self.restarts):
             if restart and stop:
                 rows = rows[oracle.margin[rows] >= 0]
+            if not len(rows):
+                return
             if start is not None and restart == 0:
                 first = start
             else:
                 first = random_start(rng.child(restart).select(rows), oracle.clean[rows], oracle.eps, oracle.norm)
-            climb(oracle, rows, oracle.project(first, rows), steps=self.steps, alpha=alpha)
+            climb(oracle, rows, oracle.project(first, rows), steps=self.steps, alpha=alpha, stop=stop)
 
 
-def climb(oracle: Oracle, rows: Tensor, images: Tensor, *, steps: int, alpha: float) -> Tensor:
-    """Take ``steps`` gradient steps of length ``alpha`` from ``images`` (n, C, H, W); return where they end."""
-    for _ in range(steps):
+def climb(oracle: Oracle, rows: Tensor, images: Tensor, *, steps: int, alpha: float, stop: bool = False) -> Tensor:
+    """Take ``steps`` gradient steps of length ``alpha`` from ``images`` (n, C, H, W); return where they end.
+
+    With ``stop`` samples are left alone soon after they are wrong, and only the others are returned.
+    """
+    for step in range(steps):
+        if stop and step % _LOOK_AROUND == 0 and step:
+            left = (oracle.margin[rows] >= 0).nonzero().squeeze(1)
+            rows, images = rows[left], images[left]
+            if not len(rows):
+                return images
         _, gradient = oracle.gradient(images, rows, attack_loss)
         images = oracle.project(images + alpha * direction(gradient, oracle.norm), rows)
     oracle.forward(images, rows)

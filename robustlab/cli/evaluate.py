@@ -65,7 +65,7 @@ def evaluate(
     from robustlab.core.errors import ConfigError
     from robustlab.core.registry import ATTACKS
 
-    from .parse import parse_attack, parse_model, parse_pairs, parse_severities, parse_workers
+    from .parse import floats, parse_attack, parse_model, parse_pairs, parse_severities, parse_workers
 
     source = load_data(data, split=split)
     names = [part for part in shifts.split(",") if part and part != "none"]
@@ -92,8 +92,8 @@ def evaluate(
         arguments=arg or [],
         task=task or source.info.task,
         output=output,
-        mean=_floats(mean),
-        std=_floats(std),
+        mean=floats(mean),
+        std=floats(std),
         size=size,
         name=name,
     )
@@ -101,7 +101,7 @@ def evaluate(
         report = evaluate_under_shift(
             subject,
             source,
-            val=_validation(val, data),
+            val=validation(val, data),
             shifts=names,
             severities=levels,
             attacks=chosen,
@@ -129,18 +129,7 @@ def evaluate(
         raise typer.Exit(3)
 
 
-def _floats(text: str | None) -> list[float] | None:
-    from robustlab.core.errors import ConfigError
-
-    if text is None:
-        return None
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError("--mean, --std", "numbers, comma-separated", repr(text), "For example 0.5,0.5,0.5.") from None
-
-
-def _validation(val: str | None, data: str) -> Any:
+def validation(val: str | None, data: str) -> Any:
     """Load validation data; a data set without that split is evaluated without, and the report says so."""
     from robustlab import load_data
     from robustlab.core.errors import MissingSplitError

@@ -10,7 +10,7 @@ import typer
 from robustlab import __version__
 from robustlab.core.errors import RobustlabError
 
-from . import corrupt, demo, doctor, evaluate, listing
+from . import attack, corrupt, demo, doctor, evaluate, listing
 
 app = typer.Typer(
     name="robustlab",
@@ -21,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.command("attack")(attack.attack)
 app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)
 app.command("evaluate")(evaluate.evaluate)

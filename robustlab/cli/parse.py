@@ -50,6 +50,34 @@ def parse_pairs(items: list[str], option: str) -> dict[str, str]:
     return pairs
 
 
+def floats(text: str | None) -> list[float] | None:
+    """Parse numbers, comma-separated; None for None.
+
+    Raises:
+        ConfigError: Something else.
+    """
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError("--mean, --std", "numbers, comma-separated", repr(text), "For example 0.5,0.5,0.5.") from None
+
+
+def parse_budgets(text: str, option: str) -> tuple[float, ...]:
+    """Parse budgets, comma-separated, also as fractions: ``"1/255,2/255"``.
+
+    Raises:
+        ConfigError: Something else.
+    """
+    try:
+        return tuple(float(Fraction(part)) for part in text.split(","))
+    except (ValueError, ZeroDivisionError):
+        raise ConfigError(
+            option, "budgets, comma-separated", repr(text), "For example 1/255,2/255, or 1,2 with --units native."
+        ) from None
+
+
 def parse_attack(text: str) -> tuple[str, str, tuple[float, ...]]:
     """Parse ``"pgd:linf:1/255,2/255"`` into name, norm and budgets.
 

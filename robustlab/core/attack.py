@@ -49,7 +49,8 @@ class Attack(Shift):
     """A search for the worst input near a clean one.
 
     Subclasses are frozen dataclasses with the fields ``norm``, ``eps`` (increasing budgets) and ``units`` (``"unit"``:
-    on the [0, 1] scale; ``"native"``: those of the source), and implement ``run``. Severity 5 k / B is the k-th of B budgets, with straight lines between.
+    on the [0, 1] scale; ``"native"``: those of the source), and implement ``run``. Severity 5 k / B is the k-th of B
+    budgets, with straight lines between.
     """
 
     norm: Norm
@@ -165,7 +166,7 @@ class Attack(Shift):
 
 
 def project(images: Tensor, clean: Tensor, eps: float, norm: Norm) -> Tensor:
-    """Return ``images`` moved into the ball of radius ``eps`` around ``clean``, if the norm has one, and into [0, 1]."""
+    """Return ``images`` moved into the ball of radius ``eps`` around ``clean`` (if the norm has one) and [0, 1]."""
     if norm == "parameters":
         return images.clamp(0, 1)
     delta = images - clean

@@ -33,6 +33,7 @@ class ShiftContext:
         device_keys: int64 (N,) keys of the scanner that took each image, for noise that belongs to a device; None when
             unknown: one scanner then took all of them.
         path: Position in a tree of composed shifts.
+        thresholds: For attacks on several labels, the probability at which each label is decided; empty for one half.
     """
 
     seed: int = 0
@@ -42,6 +43,7 @@ class ShiftContext:
     model: Model | None = None
     device_keys: Tensor | None = None
     path: tuple[str, ...] = field(default=())
+    thresholds: tuple[float, ...] = field(default=())
 
     def child(self, label: str | int) -> ShiftContext:
         """Return the context of a part of a composed shift."""

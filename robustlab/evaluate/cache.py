@@ -214,7 +214,7 @@ class ModelEntry:
                     "cache: %s is not kept; give it a name of its own, or register its class", sweep.conditions[0].label
                 )
                 continue
-            labels = _seen(sweep.shift, source)
+            labels = _seen(sweep.shift, source, plan.thresholds)
             for condition in sweep.conditions:
                 names[condition.key] = _condition_name(condition, identity, labels, seed)
         return Shelf(self.folder / key, names, self.classes)
@@ -405,11 +405,11 @@ def _tree(shift: Shift) -> Iterator[Shift]:
                     yield from _tree(child)
 
 
-def _seen(shift: Shift, source: Source) -> str:
+def _seen(shift: Shift, source: Source, thresholds: tuple[float, ...]) -> str:
     """Return a hash of what a shift sees of the samples besides their images.
 
-    Corruptions see nothing but the columns that they name, attacks labels, and a shift that is written from scratch the
-    whole batch.
+    Corruptions see nothing but the columns that they name, attacks labels and the thresholds at which they are decided,
+    and a shift that is written from scratch the whole batch.
     """
     info, parts = source.info, list(_tree(shift))
     scratch = any(not isinstance(part, Corruption) and not is_library_code(type(part)) for part in parts)
@@ -417,6 +417,8 @@ def _seen(shift: Shift, source: Source) -> str:
     columns = [(name, codes) for name, codes in sorted(info.groups.items()) if scratch or name in named]
     if info.labels is not None and (scratch or any(isinstance(part, Attack) for part in parts)):
         columns.append(("labels", info.labels))
+        if thresholds:
+            columns.append(("thresholds", torch.tensor(thresholds, dtype=torch.float64)))
     return array_fingerprint(columns) if columns else ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ import torch
 from robustlab.core.errors import ConfigError, ModelError, RobustlabWarning
 from robustlab.core.source import Source
 from robustlab.data.predictions import SavedPredictions
+from robustlab.metrics import fit_thresholds
 from robustlab.metrics.store import PredictionStore
 
 from .cache import writer
@@ -136,6 +138,14 @@ def _look_up(inputs: Inputs, saved: SavedPredictions, cluster: str | None) -> Pr
     return Predictions(main, val, {name: done.stores[CLEAN.key] for name, done in foreign.items()}, {})
 
 
+def _aimed(plan: Plan, val: PredictionStore | None) -> Plan:
+    """Return the plan with what attacks on several labels aim at."""
+    attacked = any(condition.kind == "attack" for condition in plan.conditions)
+    if val is None or val.task != "multilabel" or val.labels is None or not attacked:
+        return plan
+    return replace(plan, thresholds=tuple(0.5 if math.isnan(t) else t for t in fit_thresholds(val).tolist()))
+
+
 class _Run:
     """One attempt, at one chunk size."""
 
@@ -170,13 +180,15 @@ class _Run:
         """Run the test data under every condition, then validation and foreign data as they are."""
         inputs = self.inputs
         only_clean = replace(inputs.plan, sweeps=())
-        main = self._one(inputs.source, inputs.plan, self.cluster)
-        failures = dict(main.failures)
+        failures: dict[str, str] = {}
         val = None
+        # first, as attacks on several labels aim at the thresholds that are fitted on it
         if inputs.val is not None:
             done = self._one(inputs.val, only_clean, None)
             val = done.stores[CLEAN.key]
             failures |= {f"val: {name}": text for name, text in done.failures.items()}
+        main = self._one(inputs.source, _aimed(inputs.plan, val), self.cluster)
+        failures = {**main.failures, **failures}
         foreign: dict[str, PredictionStore] = {}
         for name, source in inputs.ood.items():
             unit = self.cluster if self.cluster in source.info.groups else None

@@ -35,7 +35,7 @@ from robustlab.data.predictions import SavedPredictions
 
 from .executors import ProcessPool
 from .modelspec import ModelSpec
-from .plan import Plan, as_items, instance_hint, make_plan, resolve_attacks, resolve_shifts, without_attacks
+from .plan import Plan, as_items, instance_hint, make_plan, resolve_attacks, resolve_shifts
 from .saved import saved_plan
 from .units import is_out_of_memory
 
@@ -183,8 +183,6 @@ def load_inputs(
                 stacklevel=4,
             )
     _check_class_names(wrapped, source, validation)
-    if wrapped.task == "multilabel":
-        plan = without_attacks(plan)
     if ood is not None and not isinstance(ood, Mapping):
         raise KindError(
             "evaluate_under_shift",

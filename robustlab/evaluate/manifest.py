@@ -38,6 +38,7 @@ def make_manifest(
     val: Source | None,
     ood: Mapping[str, Source],
     plan: Plan,
+    trust: Sequence[Mapping[str, Any]],
     failures: Mapping[str, str],
     stores: Mapping[str, PredictionStore],
     frozen: Frozen,
@@ -75,7 +76,7 @@ def make_manifest(
         "not_tested": [
             *notes,
             *warnings_of(model, capabilities, source, val, stores),
-            *not_tested(plan, source.info.spec, val, ood, cluster, settings, failures),
+            *not_tested(plan, trust, source.info.spec, source.info.task, val, ood, cluster, settings, failures),
         ],
         "frozen": {
             "thresholds": None if frozen.thresholds is None else frozen.thresholds.tolist(),
@@ -86,6 +87,7 @@ def make_manifest(
         },
         "settings": dict(settings),
         "threat_model": threat_model(plan, source),
+        "trust": list(trust),
         "truth": None,
         "compared": None,
         "defenses": None,
@@ -151,6 +153,8 @@ def _conditions(plan: Plan) -> list[dict[str, Any]]:
     out = []
     for condition in plan.conditions:
         spec, fingerprint = described.get(condition.label, (None, ""))
+        if condition in plan.derived:
+            spec = {"type": "derived", "of": "the attack, for each sample, with the smallest margin"}
         out.append(
             {
                 "key": condition.key,
@@ -175,12 +179,7 @@ def threat_model(plan: Plan, source: Source) -> str | None:
     if not attacks:
         return None
     spec = source.info.spec
-    parts = []
-    for attack in attacks:
-        size = "every pixel" if attack.norm == "linf" else "the image (Euclidean length)"
-        top = max(attack.eps)
-        native = f"{spec.native(top):g} {spec.unit}s" if attack.norm == "linf" else f"{top:g} on the [0, 1] scale"
-        parts.append(f"{attack.label}: may change {size} by up to {native}, sees the model's {attack.access}")
+    parts = [f"{attack.label}: may change {attack.bound(spec)}, sees the model's {attack.access}" for attack in attacks]
     return "; ".join(parts) + "."
 
 
@@ -217,7 +216,9 @@ def warnings_of(
 
 def not_tested(
     plan: Plan,
+    trust: Sequence[Mapping[str, Any]],
     spec: ImageSpec,
+    task: str | None,
     val: Source | None,
     ood: Mapping[str, Source],
     cluster: str | None,
@@ -227,12 +228,22 @@ def not_tested(
     """Return sentences about what this report says nothing of."""
     kinds = {condition.kind for condition in plan.conditions}
     out = []
+    if "attack" in kinds and not trust:
+        out.append("How far the attacks can be trusted: no checklist was run (trust=).")
     if val is None:
         out.append("Silent failures and fixed operating points: no validation data was given (val=).")
     if "attack" not in kinds:
         out.append("Adversarial inputs: no attack was run (attacks=).")
-    elif all(sweep.conditions[0].kind != "attack" or sweep.shift.name == "pgd" for sweep in plan.sweeps):
-        out.append("Stronger or black-box adversaries: only PGD was run, so robust accuracy is an upper bound.")
+    else:
+        run = [sweep.shift.name for sweep in plan.sweeps if sweep.conditions[0].kind == "attack"]
+        if not any(name.startswith("aa-") or name == "auto-attack" for name in run):
+            names = f"only {', '.join(sorted({*run}))} {'was' if len({*run}) == 1 else 'were'} run"
+            out.append(f"Stronger or black-box adversaries: {names}, so robust accuracy is an upper bound.")
+    if "attack" in kinds and task == "multilabel":
+        out.append(
+            "Attacks on all labels at once: they look for one wrong decision an image, and accuracy counts every "
+            "decision, so it falls by little even where every image was fooled."
+        )
     if not ood:
         out.append("Foreign inputs such as other organs, scanners or photographs: no OOD set was given (ood=).")
     if not settings["groups"]:

@@ -59,15 +59,20 @@ class Plan:
     Args:
         sweeps: Shifts and attacks with their conditions.
         skipped: (what, why) of everything that does not apply.
+        derived: Conditions that follow from the answers under others.
+        thresholds: Probability at which each label of a multi-label task is decided, which attacks aim at; empty for
+            one half.
     """
 
     sweeps: tuple[Sweep, ...]
     skipped: tuple[tuple[str, str], ...]
+    derived: tuple[Condition, ...] = ()
+    thresholds: tuple[float, ...] = ()
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
-        """Clean first, then every condition of every sweep."""
-        return (CLEAN, *(condition for sweep in self.sweeps for condition in sweep.conditions))
+        """Clean first, then every condition of every sweep, and what follows from them."""
+        return (CLEAN, *(condition for sweep in self.sweeps for condition in sweep.conditions), *self.derived)
 
 
 CLEAN = Condition(key="clean", kind="clean", label="clean")
@@ -189,19 +194,6 @@ def make_plan(
     return Plan(tuple(sweeps), tuple(skipped))
 
 
-def without_attacks(plan: Plan) -> Plan:
-    """Return the plan for a multi-label model, which the attacks of this release do not search right.
-
-    They aim at decisions at a probability of one half, the report decides at thresholds that are frozen on validation
-    data; accuracy under attack would be flattered.
-    """
-    attacks = [sweep for sweep in plan.sweeps if isinstance(sweep.shift, Attack)]
-    reason = "not run on multi-label models: it does not aim at the frozen thresholds yet"
-    skipped = tuple((sweep.conditions[0].label, reason) for sweep in attacks)
-    kept = tuple(sweep for sweep in plan.sweeps if not isinstance(sweep.shift, Attack))
-    return Plan(kept, (*plan.skipped, *skipped))
-
-
 def _next_label(label: str) -> str:
     stem, _, number = label.partition("#")
     return f"{stem}#{int(number or 1) + 1}"
@@ -221,7 +213,8 @@ def _condition(shift: Shift, label: str, severity: float, spec: ImageSpec) -> Co
     amount, unit = _first(parameters)
     identity, _ = _first(shift.parameters(0.0))
     if isinstance(shift, Attack) and shift.norm == "linf":
-        amount, identity, unit = spec.native(amount), spec.native(identity), spec.unit
+        factor = spec.native(1.0) if shift.units == "unit" else 1.0
+        amount, identity, unit = factor * amount, factor * identity, spec.unit
     kind: Kind = "attack" if isinstance(shift, Attack) else "corruption"
     return Condition(f"{label}@{severity:g}", kind, label, severity, amount, unit, parameters, identity)
 

@@ -142,7 +142,7 @@ def answers_of(
     """Iterate over (condition key, outputs of the padded batch); shifts that fail are added to ``broken``."""
     if CLEAN.key in unit.wanted:
         yield CLEAN.key, model.predict(batch)
-    ctx = ShiftContext(seed=job.seed, spec=job.spec, model=model)
+    ctx = ShiftContext(seed=job.seed, spec=job.spec, model=model, thresholds=job.plan.thresholds)
     for sweep in job.plan.sweeps:
         label = sweep.conditions[0].label
         left = [condition for condition in sweep.conditions if condition.key in unit.wanted]

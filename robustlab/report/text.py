@@ -27,6 +27,7 @@ def _blocks(report: Report) -> Iterable[list[str]]:
     yield list(_headline(report))
     yield list(_worst(report))
     yield list(_over(report))
+    yield list(_trust(report))
     yield list(_ood(report))
     yield list(_groups(report))
     yield list(_truth(report))
@@ -78,6 +79,14 @@ def _over(report: Report) -> Iterable[str]:
         for row in item.rows:
             name = f"{row.shift} ({row.target})" if row.target else row.shift
             yield f"  {name[:45]:<46}{words.measured(row):<40}  n={row.n:,}"
+
+
+def _trust(report: Report) -> Iterable[str]:
+    for item in views.trust(report):
+        yield f"How far to trust the attacks ({item.budget})"
+        for check in item.checks:
+            yield from _wrap(f"{str(check['status']).upper()} {check['name']}: {check['finding']}", "- ")
+        yield from _wrap(f"passed: {', '.join(item.passed) or 'none'}", "- ")
 
 
 def _ood(report: Report) -> Iterable[str]:

@@ -391,6 +391,28 @@ def doubts(report: Report) -> list[str]:
     return [f"{finding['text']} {finding['fix']}" for finding in found]
 
 
+@dataclass(frozen=True)
+class Trust:
+    """How far to trust adversarial numbers of one norm: the checklist, what speaks against them first."""
+
+    budget: str
+    passed: tuple[str, ...]
+    checks: tuple[Mapping[str, Any], ...]
+
+
+def trust(report: Report) -> list[Trust]:
+    """Return the checklists of the attacks; passed items by name only, the others whole."""
+    order = ("failed", "warned", "not automatable", "skipped")
+    found = []
+    for item in report.manifest.get("trust") or []:
+        checks = sorted(
+            (check for check in item["checks"] if check["status"] in order), key=lambda c: order.index(c["status"])
+        )
+        passed = tuple(str(check["name"]) for check in item["checks"] if check["status"] == "passed")
+        found.append(Trust(f"{item['norm']}, {item['budget']}", passed, tuple(checks)))
+    return found
+
+
 def not_tested(report: Report) -> list[str]:
     """Return what was not tested, as sentences."""
     return [str(sentence) for sentence in report.manifest.get("not_tested") or []]

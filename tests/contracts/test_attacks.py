@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from corruptions.adversarial.losses import margin
+from corruptions.staining import STAINS
 from robustlab.core.errors import ConfigError, LabelError, ModelError
 from robustlab.core.model import wrap
 from robustlab.core.registry import ATTACKS
@@ -15,14 +16,25 @@ from robustlab.core.rng import SampleRng
 from robustlab.core.shift import ShiftContext
 from robustlab.core.types import Batch, ImageSpec
 from robustlab.train import seeded_init
+from tests.contracts.quick import for_three_classes, quick
 
 BUDGETS = {"linf": (4 / 255, 8 / 255, 16 / 255), "l2": (0.1, 0.3, 0.6)}
-CASES = [pytest.param(name, norm, id=f"{name}-{norm}") for name in ATTACKS.names() for norm in BUDGETS]
+CASES = [pytest.param(name, norm, id=f"{name}-{norm}") for norm in BUDGETS for name in for_three_classes(norm)]
+PARAMETRIC = [name for name in ATTACKS.names() if "parameters" in ATTACKS.get(name).norms]
+MORE = {
+    "square": {"queries": 300},
+    "pgd": {"steps": 40},
+    "fab-t": {"steps": 15},
+    "ddn": {"steps": 60},
+    "fmn": {"steps": 60},
+    "apgd": {"steps": 20},
+    "apgd-t": {"steps": 20},
+}
 SPEC = ImageSpec(channels=1, size=(8, 8))
 
 
 def attack_of(name, norm):
-    return ATTACKS.get(name)(norm=norm, eps=BUDGETS[norm])
+    return quick(name, norm=norm, eps=BUDGETS[norm], **MORE.get(name, {}))
 
 
 def samples(count, seed=0, classes=3):
@@ -159,9 +171,8 @@ def test_outputs_that_are_not_finite_are_never_a_success(name, norm, value, mode
     def broken(images):
         """Every second image breaks the network as soon as it moves; the first one always does."""
         logits = model.modules()[0](images)
-        moved = (images - clean).flatten(1).abs().amax(1) > 0
-        bad = moved & (torch.arange(len(images)) % 2 == 0)
-        bad[0] = True
+        distance, which = (images[:, None] - clean).flatten(2).abs().amax(2).min(1)
+        bad = (distance > 0) & (which % 2 == 0) | (which == 0)
         return torch.where(bad[:, None] & (torch.arange(3) == 1), value, logits)
 
     eps = BUDGETS[norm][1]
@@ -233,3 +244,78 @@ def test_mistakes_are_named(name, norm, model, batch):
         deaf = wrap(lambda images: model.modules()[0](images.detach()), num_classes=3)
         with pytest.raises(ModelError, match="gradients reach the input"):
             attack.run(batch, ShiftContext(model=deaf), eps=0.1)
+
+
+# ---- attacks on parameters have no ball; the rest holds for them too
+
+
+@pytest.fixture(scope="module")
+def slides():
+    """Images of two stains on an empty slide, 8 bits, and a network that is right on all but four of them."""
+    ids = torch.arange(32)
+    rng = SampleRng.make(0, "slides", ids)
+    amounts = (0.1 + 0.5 * rng.uniform("amounts", (2, 12, 12))) * (0.3 + 1.4 * rng.uniform("slide", (2, 1, 1)))
+    images = torch.exp(-torch.einsum("nshw,sc->nchw", amounts, torch.tensor(STAINS[:2], dtype=torch.float32)))
+    images[:, :, :3] = 1
+    images = (images * 255).round() / 255
+    weight = SampleRng.make(1, "weight", torch.arange(3)).normal("w", (3, 1, 4)).repeat_interleave(3, 3)
+    weight = (weight + SampleRng.make(2, "weight", torch.arange(3)).normal("w", (3, 12, 12))).flatten(1)
+    layer = nn.Linear(432, 3)
+    with torch.no_grad():
+        layer.weight.copy_(weight / 10)
+        layer.bias.copy_(-weight @ images.mean(0).flatten() / 10)
+    net = nn.Sequential(nn.Flatten(), layer, nn.Softplus()).eval()
+    labels = net(images).argmax(1)
+    labels[:4] = (labels[:4] + 1) % 3
+    return net, Batch(images=images, labels=labels, ids=ids)
+
+
+@pytest.mark.parametrize("spec", [None, ImageSpec(3, (12, 12))], ids=["float", "8-bit"])
+@pytest.mark.parametrize("name", PARAMETRIC)
+def test_parameters_keep_the_promises_that_need_no_ball(name, spec, slides):
+    net, batch = slides
+    attack = ATTACKS.get(name)(eps=(0.03, 0.06, 0.12))
+    ctx = ShiftContext(model=wrap(net, num_classes=3), spec=spec)
+    assert attack.norms == ("parameters",)
+    assert attack.on(batch, 0, ctx) is batch
+    assert torch.equal(attack.run(batch, ctx, eps=0.0).images, batch.images)
+    before, state = batch.images.clone(), torch.get_rng_state()
+    rates = [4 / 32]
+    for severity, eps in attack.budgets:
+        with torch.inference_mode():
+            result = attack.run(batch, ctx, eps=eps)
+        logits = net(result.images).detach()
+        assert torch.equal(result.success, logits.argmax(1) != batch.labels)
+        assert torch.allclose(result.margin, margin(logits, batch.labels, "multiclass"), atol=1e-5)
+        assert torch.equal(attack.on(batch, severity, ctx).images, result.images), "what was judged is what is stored"
+        levels = (result.images.double() * 255).round()
+        assert spec is None or torch.equal(result.images, (levels / 255).float())
+        assert torch.equal(result.images[:4], batch.images[:4])
+        assert (result.images[4:] != batch.images[4:]).flatten(1).any(1).all()
+        assert 0 <= result.images.min() <= result.images.max() <= 1
+        assert {len(value) for value in result.parameters.values()} == {32}
+        rates.append(result.success.double().mean().item())
+    assert rates == sorted(rates)
+    assert rates[0] + 0.1 < rates[-1] < 1
+    turned = torch.arange(31, -1, -1)
+    other = attack.run(batch.select(turned[:9]), ShiftContext(model=ctx.model, spec=spec, seed=4), eps=eps)
+    assert torch.allclose(other.margin, result.margin[turned[:9]], atol=2e-3)
+    assert torch.equal(batch.images, before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+@pytest.mark.parametrize("name", PARAMETRIC)
+def test_parameters_never_succeed_by_outputs_that_are_not_finite(name, slides):
+    net, batch = slides
+
+    def broken(images):
+        moved = (images - batch.images).flatten(1).abs().amax(1) > 0
+        return torch.where((moved & (torch.arange(32) % 2 == 0))[:, None], torch.nan, net(images))
+
+    attack = ATTACKS.get(name)()
+    result = attack.run(batch, ShiftContext(model=wrap(broken, num_classes=3)), eps=max(attack.eps))
+    assert not result.success[4::2].any()
+    assert torch.equal(result.images[4::2], batch.images[4::2])
+    assert result.success[5::2].any()
+    assert all(torch.isfinite(value).all() for value in result.parameters.values())

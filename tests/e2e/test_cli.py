@@ -156,3 +156,24 @@ def test_mistakes_exit_with_2_and_say_what_to_do(folder, arguments, text):
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert text in done.stderr
+
+
+def test_attack_writes_a_report_with_a_checklist(folder):
+    arguments = ("network.py:tiny", "data.npz", "--weights", "weights.safetensors", "--out", "budgets")
+    done = robustlab("attack", *arguments, "--attacks", "pgd,fgsm", "--eps", "2,8", "--units", "native", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "How far to trust the attacks (linf, 2 grey levels)" in done.stdout
+    assert "worst attack linf" in done.stdout
+    report = json.loads((folder / "budgets" / "report.json").read_text())
+    amounts = {entry["key"]: entry["amount"] for entry in report["manifest"]["conditions"]}
+    assert amounts["pgd-linf@2.5"] == pytest.approx(2)
+    assert amounts["worst attack linf@5"] == pytest.approx(8)
+    assert (folder / "budgets" / "report.html").exists()
+    few = robustlab("attack", *arguments[:-1], "few", "--attacks", "fgsm", "--eps", "1/255", "--limit", "12",
+                    "--trust", "0", "--json", cwd=folder)  # fmt: skip
+    assert few.returncode == 0, few.stderr
+    rows = rows_in(few.stdout)
+    assert {row["n"] for row in rows if row["metric"] == "accuracy" and row["shift"] == "fgsm-linf"} == {12}
+    wrong = robustlab("attack", *arguments, "--eps", "one", cwd=folder)
+    assert wrong.returncode == 2
+    assert "budgets, comma-separated" in wrong.stderr

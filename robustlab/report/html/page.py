@@ -33,6 +33,9 @@ _GLYPHS = {
     "wrong": "✗",
     "gap": "▾",
     "better": "▲",
+    "passed": "✓",
+    "failed": "✗",
+    "warned": "▾",
 }
 _FACTS = ("versions", "model", "data", "val", "ood", "frozen", "settings", "capabilities")
 _HISTOGRAMS = 6
@@ -100,6 +103,7 @@ def _context(report: Report) -> dict[str, Any]:
         "margin": views.margin(report),
         "curves": [curve for curve in curves if curve.kind != "attack"],
         "attacks": attacks,
+        "trust": views.trust(report),
         "attack_drops": [item for item in drops if item.condition.kind == "attack"],
         "chance": _chance(data),
         "reliability": _reliability(report, bad),

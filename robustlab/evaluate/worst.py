@@ -1,0 +1,74 @@
+"""Several attacks at one budget, as one condition: for each sample the attack that comes closest to a wrong answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from robustlab.core.levels import MAX_SEVERITY
+from robustlab.metrics.store import PredictionStore
+
+from .plan import Condition, Plan
+
+WORST_ATTACK = "worst attack"
+
+
+def with_worst_attacks(plan: Plan, stores: Mapping[str, PredictionStore]) -> tuple[Plan, dict[str, PredictionStore]]:
+    """Add a condition for each budget at which two or more attacks of a norm were run on the same samples.
+
+    A mean over samples of the worst over attacks is at most the smallest of the means (Carlini et al. 2019,
+    arXiv:1902.06705, which ask for it).
+
+    Returns:
+        The plan with these conditions as ``derived``, and the stores with theirs.
+    """
+    budgets: dict[str, dict[float, list[Condition]]] = {}
+    for condition in plan.conditions:
+        if condition.kind == "attack" and condition.key in stores and "eps" in condition.parameters:
+            eps, unit = condition.parameters["eps"]
+            budgets.setdefault(unit, {}).setdefault(round(eps, 12), []).append(condition)
+    added: list[Condition] = []
+    found = dict(stores)
+    for unit, at in budgets.items():
+        shared = {eps: members for eps, members in sorted(at.items()) if len(members) > 1}
+        for place, members in enumerate(shared.values(), start=1):
+            parts = [stores[condition.key] for condition in members]
+            if any(not torch.equal(part.ids, parts[0].ids) for part in parts):
+                continue  # a part of one attack failed, which the report lists
+            severity = MAX_SEVERITY * place / len(shared)
+            label = f"{WORST_ATTACK} {unit.split(',')[0]}"
+            condition = replace(members[0], key=f"{label}@{severity:g}", label=label, severity=severity)
+            added.append(condition)
+            found[condition.key] = worst_of_each(parts)
+    return replace(plan, derived=tuple(added)), found
+
+
+def worst_of_each(stores: list[PredictionStore]) -> PredictionStore:
+    """Return for each sample the row of the store with the smallest margin; rows that are not finite come last.
+
+    Args:
+        stores: Of the same labelled samples in the same order.
+    """
+    chosen = torch.stack([_margins(store) for store in stores]).argmin(0)
+    rows = torch.arange(len(chosen))
+
+    def pick(values: list[Tensor]) -> Tensor:
+        return torch.stack(values)[chosen, rows]
+
+    first = stores[0]
+    scores = {name: pick([store.scores[name] for store in stores]) for name in first.scores}
+    return replace(first, logits=pick([store.logits for store in stores]), scores=scores)
+
+
+def _margins(store: PredictionStore) -> Tensor:
+    labels, logits = store.labels, store.logits
+    if labels is None:
+        raise ValueError("attacks need labels")
+    if store.task == "multilabel":
+        gap = torch.where(labels < 0, torch.inf, logits * (2 * labels - 1)).amin(1)
+    else:
+        gap = logits.gather(1, labels[:, None]).squeeze(1) - logits.scatter(1, labels[:, None], -torch.inf).amax(1)
+    return torch.where(store.finite, gap, torch.inf)

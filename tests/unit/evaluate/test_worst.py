@@ -1,0 +1,126 @@
+"""Attacks together: the worst of several for each sample, budgets in native units, labels at their thresholds."""
+
+import numpy as np
+import pytest
+import torch
+
+import robustlab
+from corruptions import APGD, FGSM, PGD
+from robustlab.core.errors import ConfigError
+from robustlab.core.shift import ShiftContext
+from robustlab.core.types import Batch, ImageSpec
+from robustlab.evaluate.worst import worst_of_each
+from robustlab.metrics.store import PredictionStore
+from tests.contracts.toys import Small, evaluate, pixels, source
+
+LEVELS = (2 / 255, 8 / 255)
+
+
+def build(task="multiclass"):
+    return robustlab.wrap(Small(), task=task, output="logits", num_classes=3)
+
+
+def right(store):
+    return store.logits.argmax(1) == store.labels
+
+
+@pytest.fixture(scope="module")
+def report():
+    bright, dark = (0.5, 1.0), (0.0, 0.5)  # each may change only a part, so neither is always the stronger one
+    attacks = (
+        FGSM(eps=LEVELS, mask=bright),
+        PGD(eps=(*LEVELS, 16 / 255), steps=5),
+        APGD(eps=LEVELS, steps=8, loss="margin", mask=dark),
+    )
+    return evaluate(build(), source(), shifts=(), attacks=attacks)
+
+
+def test_a_sample_withstands_all_attacks_or_none(report):
+    for place, severity in enumerate((2.5, 5)):
+        keys = [f"fgsm-linf@{severity:g}", f"pgd-linf@{5 * (place + 1) / 3:g}", f"apgd-margin-linf@{severity:g}"]
+        parts = [report.predictions[key] for key in keys]
+        worst = report.predictions[f"worst attack linf@{severity:g}"]
+        assert torch.equal(right(worst), torch.stack([right(part) for part in parts]).all(0))
+        rows = [row for row in report.rows if row.shift == "worst attack linf" and row.severity == severity]
+        accuracy = next(row for row in rows if row.metric == "accuracy" and not row.group)
+        assert accuracy.value == pytest.approx(right(worst).double().mean().item())
+        assert accuracy.n == len(worst)
+        assert accuracy.low < accuracy.value <= accuracy.high
+        assert accuracy.amount == pytest.approx(255 * LEVELS[place])
+    weakest = {row.shift: row.value for row in report.rows if row.metric == "accuracy" and row.severity == 2.5}
+    assert weakest["worst attack linf"] < min(weakest["fgsm-linf"], weakest["apgd-margin-linf"])
+    assert "worst attack linf@7.5" not in report.predictions, "a budget of one attack has no worst"
+
+
+def test_one_attack_has_no_worst_of_several():
+    report = evaluate(build(), source(), shifts=(), attacks=PGD(eps=LEVELS, steps=3))
+    assert not [key for key in report.predictions if key.startswith("worst attack")]
+
+
+def test_rows_that_are_not_finite_come_last():
+    def store(logits):
+        return PredictionStore(torch.arange(3), torch.tensor(logits), torch.tensor([0, 0, 0]), "multiclass")
+
+    nan = float("nan")
+    worst = worst_of_each([store([[2.0, 1.0], [nan, 0.0], [nan, 0.0]]), store([[1.5, 1.0], [3.0, 0.0], [0.0, nan]])])
+    assert worst.logits[:2].tolist() == [[1.5, 1.0], [3.0, 0.0]]
+    assert not torch.isfinite(worst.logits[2]).all()
+
+
+def test_native_units_are_those_of_the_source(report):
+    native = evaluate(build(), source(), shifts=(), attacks=PGD(eps=(2, 8, 16), units="native", steps=5))
+    for severity in (5 / 3, 10 / 3, 5):
+        key = f"pgd-linf@{severity:g}"
+        assert torch.equal(native.predictions[key].logits, report.predictions[key].logits)
+    amounts = [entry["amount"] for entry in native.manifest["conditions"] if entry["kind"] == "attack"]
+    assert amounts == pytest.approx([2, 8, 16])
+    hu = ImageSpec(1, (4, 4), range=(-1000.0, 1000.0), unit="HU")
+    assert PGD(eps=(20,), units="native").budget(20.0, hu) == pytest.approx(0.01)
+    with pytest.raises(ConfigError, match="what their values mean"):
+        PGD(eps=(20,), units="native").budget(20.0, None)
+
+
+def test_attacks_on_labels_aim_at_the_thresholds_of_val():
+    """A label that is decided at 0.9 is flipped where its probability crosses 0.9, not one half."""
+    weight = torch.zeros(2, 16)
+    weight[0, 0], weight[1, 1] = 40.0, 40.0
+
+    def net(images):
+        return images.flatten(1) @ weight.T - 20.0
+
+    images = torch.full((4, 1, 4, 4), 0.5)
+    images[:, 0, 0, 0] = 0.5 + torch.tensor([3.0, 2.0, -3.0, -2.0]) / 40  # logits 3, 2, -3, -2
+    images[:, 0, 0, 1] = 0.1
+    labels = torch.tensor([[1, 0], [0, 0], [0, 0], [0, 0]])
+    model = robustlab.wrap(net, task="multilabel", output="logits", num_classes=2)
+    batch = Batch(images=images, labels=labels, ids=torch.arange(4))
+    at = float(torch.sigmoid(torch.tensor(2.5)))
+    eps = 0.9 / 40  # moves a logit by 0.9
+    flipped = PGD(eps=(eps,)).run(batch, ShiftContext(model=model, thresholds=(at, 0.5)), eps=eps)
+    assert flipped.success.tolist() == [True, True, False, False]
+    plain = PGD(eps=(eps,)).run(batch, ShiftContext(model=model), eps=eps)
+    assert plain.success.tolist() == [False, True, False, False], "the second is wrong at one half already"
+    assert flipped.margin[:3].tolist() == pytest.approx([-0.4, -0.4, 4.6], abs=1e-3)
+
+
+def test_a_report_on_several_labels_attacks_at_its_frozen_thresholds():
+    model = build("multilabel")
+
+    def labelled(seed):
+        """Images whose labels the model itself would give at other thresholds than one half."""
+        logits = model(torch.from_numpy(pixels(seed=seed)[0]).permute(0, 3, 1, 2) / 255).logits
+        return source("multilabel", seed=seed, labels=(logits > logits.median(0).values).long().numpy())
+
+    report = evaluate(model, labelled(0), val=labelled(3), shifts=(), attacks=PGD(eps=(4 / 255,), steps=5))
+    thresholds = np.array(report.manifest["frozen"]["thresholds"])
+    assert not np.allclose(thresholds, 0.5)
+    clean, attacked = report.predictions["clean"], report.predictions["pgd-linf@5"]
+    at = torch.from_numpy(thresholds)
+
+    def wrong(store):
+        return ((torch.sigmoid(store.logits.double()) >= at) != (store.labels == 1)).any(1)
+
+    assert wrong(attacked).sum() > wrong(clean).sum()
+    assert (wrong(attacked) >= wrong(clean)).all()
+    moved = (attacked.logits - clean.logits).abs().amax(1) > 0
+    assert not moved[wrong(clean)].any(), "what is wrong already is left as it is"
