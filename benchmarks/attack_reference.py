@@ -120,8 +120,9 @@ def bits(data: Path, count: int) -> None:
                 ours = our_apgd(model, norm, loss, eps, 100, batch, start, rank)  # type: ignore[arg-type]
                 apart = [float((a.double() - b.double()).abs().max()) for a, b in zip(ours, theirs, strict=True)]
                 robust = int(ours[2].sum()), int(theirs[2].sum())
-                print(f"{name} {norm} eps {eps:.4f} {loss}{rank or ''}: points, losses, flags differ by at most {apart}; "
-                      f"right after it {robust[0]} and {robust[1]} of {count}", flush=True)  # fmt: skip
+                title = f"{name} {norm} eps {eps:.4f} {loss}{rank or ''}"
+                right = f"right after it {robust[0]} and {robust[1]} of {count}"
+                print(f"{title}: points, losses, flags differ by at most {apart}; {right}", flush=True)
 
 
 def main() -> None:

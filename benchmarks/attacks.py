@@ -1,10 +1,10 @@
-"""The reference ensemble and torchattacks beside ours: robust accuracy and time, where about half of the images withstand.
+"""The reference ensemble and torchattacks beside ours: robust accuracy and time, where about half of the images hold.
 
-    python -m benchmarks.attacks --autoattack A --torchattacks T --data D [--count 64] [--budgets 50]
+    python -m benchmarks.attacks --autoattack A --torchattacks T --data D [--count 64] [--share 0.5]
 
-A is a checkout of github.com/fra31/auto-attack (a392200), T a folder that holds torchattacks 3.5.1, D the data sets. The
-model is ResNet-20 on CIFAR-10 (32 px). A budget is found at which about so many per cent of the clean-correct images
-withstand PGD; both sides then attack the same images with all threads, one after the other.
+A is a checkout of github.com/fra31/auto-attack (a392200), T a folder that holds torchattacks 3.5.1, D the data sets.
+The model is ResNet-20 on CIFAR-10 (32 px). A budget is found at which about this share of the images that are right
+withstands PGD; both sides then attack the same images with all threads, one after the other.
 """
 
 from __future__ import annotations
@@ -95,13 +95,12 @@ def main() -> None:
         made: Tensor = getattr(torchattacks, name)(net, eps=eps, **fields)(images, labels)
         return made
 
-    pgd = {"alpha": eps / 4, "steps": 40} if norm == "linf" else {"alpha": eps / 4, "steps": 40}
     cases = [
         ("aa-standard", lambda: ours("aa-standard"), "auto-attack standard", reference),
         ("apgd ce, 100 steps", lambda: ours("apgd"), "torchattacks APGD", lambda: torchattack(
             "APGD", norm=NAMES[norm], steps=100, n_restarts=1, loss="ce")),
         ("pgd, 40 steps", lambda: ours("pgd", step_size=10.0), "torchattacks PGD", lambda: torchattack(
-            "PGD" if norm == "linf" else "PGDL2", **pgd)),
+            "PGD" if norm == "linf" else "PGDL2", alpha=eps / 4, steps=40)),
     ]  # fmt: skip
     clean = robust(net, images, labels)
     print(f"{options.network}, {len(images)} images, {clean} right, {norm} eps {eps:.5f}")

@@ -42,7 +42,7 @@ class _Stepped(Search):
 class APGD(_Stepped):
     """Auto-PGD, untargeted, from a keyed random start on the sphere.
 
-    x_{t+1} = P(x_t + a (P(x_t + s d) - x_t) + (1 - a) (x_t - x_{t-1})), d the sign of the gradient (the unit gradient in
+    x_{t+1} = P(x_t + a (P(x_t + s d) - x_t) + (1 - a) (x_t - x_{t-1})), d the sign of the gradient (its direction in
     L2), a = 1 in the first step and 0.75 afterwards, s = 2 eps at first. At checkpoints that come ever closer, where
     the loss rose in at most ``rho`` of the steps since, or nothing improved with the same s, s is halved and the search
     goes on from the best point. With an injected start each step is that of the authors' code, bit for bit.
