@@ -51,7 +51,7 @@ def in_threads(work: Callable[[int, int], None], count: int, values: int) -> Non
         work(0, count)
         return
     bounds = [count * part // threads for part in range(threads + 1)]
-    parts = pairwise(bounds)
+    parts = iter(list(pairwise(bounds)))  # one of a list is handed out whole, also while others ask
 
     def run() -> None:
         for start, stop in parts:

@@ -203,7 +203,7 @@ def _cells() -> Array:
     return cells
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=256)
 def _quantile_table(photons: float) -> tuple[Array, Array] | None:
     """Return the cells, and int32 (65536,) of entries, read at 256 q + cell; None if one cell holds three results.
 

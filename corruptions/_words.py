@@ -28,6 +28,7 @@ Change = Callable[[Array, Array, Array], None]
 _SERIAL = 1 << 15  # torch shares longer ones out among its own threads, and here there are threads already
 _UNSURE = 1 << 14  # no noise is so large, and with a grey level added it stays in 16 bits
 _MARGIN = 2.5e-4  # of a level
+_TABLE_COST = 1 << 19  # values on which a table of rounded noise saves what it takes to make
 _Q12_LARGEST = 17695  # the largest of the normal quantiles, 4.32, in units of 2^-12
 
 
@@ -138,7 +139,14 @@ def rounded_change(value: Array, normal: Array, change: Callable[[Tensor, Tensor
     np.rint(value, out=value)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
+def _asked(sigma: float) -> list[int]:
+    """Return how many values have been asked for at this sigma, to be counted on."""
+    del sigma
+    return [0]
+
+
+@lru_cache(maxsize=256)
 def _rounded_noise(sigma: float) -> Array:
     """Return int16 (65536,): 255 sigma z of each normal quantile z, rounded, or ``_UNSURE`` where that is near a half.
 
@@ -158,6 +166,14 @@ def add_rounded_noise(pixels: Tensor, stream: Tensor, sigma: float) -> Tensor:
         stream: int64 (N,) of ``SampleRng.stream``.
         sigma: At least 0.
     """
+
+    def change_floats(x: Tensor, z: Tensor) -> None:
+        torch.add(x, z, alpha=sigma, out=x)
+
+    asked = _asked(sigma)
+    asked[0] += pixels.numel()
+    if asked[0] <= _TABLE_COST:
+        return changed_as_floats(pixels, stream, change_floats)
     table, normals = _rounded_noise(sigma), normal_table(torch.device("cpu")).numpy()
 
     def make(size: int) -> Change:
@@ -171,7 +187,7 @@ def add_rounded_noise(pixels: Tensor, stream: Tensor, sigma: float) -> Tensor:
             unsure = np.unravel_index(found.nonzero()[0], source.shape)  # many times as fast as that of several axes
             _clipped_sum(noise, source, out)
             value = source[unsure].astype(np.float32)
-            rounded_change(value, normals[halves[unsure]], lambda x, z: torch.add(x, z, alpha=sigma, out=x))
+            rounded_change(value, normals[halves[unsure]], change_floats)
             out[unsure] = value
 
         return change

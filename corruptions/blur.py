@@ -161,13 +161,14 @@ def disc_kernel(radius: float) -> np.ndarray[tuple[int, int], np.dtype[np.float6
 def disc_blur(images: Tensor, radius: float) -> Tensor:
     """Return images (N, C, H, W) blurred by a disc of ``radius`` pixels, borders repeated.
 
-    On the CPU OpenCV sums in an order of its own, so that results differ from those of other devices in the last
-    digits. There the kernel is written as nested horizontal boxes shifted up and down, which takes a number of image
-    additions proportional to the radius instead of its square, in an order that does not depend on the batch.
+    On the CPU OpenCV sums in an order of its own, so that results differ from those of other devices, and of images
+    that carry gradients, in the last digits. There the kernel is written as nested horizontal boxes shifted up and
+    down, which takes a number of image additions proportional to the radius instead of its square, in an order that
+    does not depend on the batch.
     """
     if radius == 0:
         return images
-    if images.device.type == "cpu":
+    if images.device.type == "cpu" and not images.requires_grad:
         return image_by_image(lambda _, image, scratch: _disc_image(image, radius, scratch), images)
     return nested_boxes(images, radius)
 
@@ -274,7 +275,7 @@ class GaussianBlur(Corruption):
         if values["sigma"] == 0:
             return images
         kernel = gaussian_kernel(values["sigma"] / 100 * images.shape[2])
-        if images.device.type != "cpu":
+        if images.device.type != "cpu" or images.requires_grad:
             return separable(images, kernel)
         return image_by_image(lambda _, image, scratch: _separable_image(image, kernel, scratch), images)
 

@@ -244,3 +244,12 @@ def test_tiny_blurs_do_almost_nothing_and_zero_nothing():
         harm = [(blur.at(**{name: value})(images, 1) - images).abs().max().item() for value in (1e-4, 1e-2, 0.1)]
         assert harm[0] < 1e-3
         assert harm[0] <= harm[1] < harm[2]
+
+
+@pytest.mark.parametrize("kind", [GaussianBlur, DefocusBlur])
+def test_gradients_pass_through(kind):
+    images = texture(2, 3, 24, 20).float().div_(320).add_(0.1).requires_grad_(True)
+    blurred = kind()(images, 3, ids=torch.arange(2))
+    assert torch.allclose(blurred, kind()(images.detach(), 3, ids=torch.arange(2)), atol=1e-5)
+    (gradient,) = torch.autograd.grad(blurred.sum(), images)
+    assert gradient.sum().item() == pytest.approx(images.numel(), rel=1e-4)
