@@ -54,13 +54,15 @@ class FAB(Search):
         alpha_max: Largest weight of the clean image's projection, from 0 to 1.
         eta: Length of a step beyond the plane, 1 or more.
         beta: Share of the way from the clean image that is kept after a success, from 0 to 1.
+        refine: Draw the nearest point closer at the end, and look where the ball ends in its direction. The authors'
+            code does neither.
 
     Raises:
         RangeError: Numbers make no sense.
 
     References:
         F. Croce, M. Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack", 2020,
-        1907.02044; the targeted form: F. Croce, M. Hein, 2020, 2003.01690. Their code has no halving at the end.
+        1907.02044; the targeted form: F. Croce, M. Hein, 2020, 2003.01690.
     """
 
     random: ClassVar[bool] = False  # with one restart
@@ -71,6 +73,7 @@ class FAB(Search):
     alpha_max: float = 0.1
     eta: float = 1.05
     beta: float = 0.9
+    refine: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -142,7 +145,8 @@ class Approach:
             self._keep()
             if self.stop and step % _WAIT == 0:
                 self._drop()
-        self.shorten()
+        if self.attack.refine:
+            self.shorten()
         # where nothing was found, the last place is the best guess
         points = torch.where(torch.isfinite(self.distance), self.nearest, self.images)
         self._show(points, self.rows)
@@ -200,8 +204,12 @@ class Approach:
     def _show(self, points: Tensor, rows: Tensor) -> None:
         """Look at points, moved into the ball, and at the ends of the ball in their directions."""
         oracle, clean = self.oracle, self.oracle.clean[rows]
-        way = points - clean
-        for images in (points, clean + way * (oracle.eps / (lengths(way, oracle.norm) + TINY))):
+        way, length = points - clean, lengths(points - clean, oracle.norm)
+        if not self.attack.refine:
+            # only what the search itself has found inside the ball
+            oracle.forward(torch.where(length <= oracle.eps * (1 + 1e-6), points, clean), rows)
+            return
+        for images in (points, clean + way * (oracle.eps / (length + TINY))):
             oracle.forward(oracle.project(images, rows), rows)
 
     def _drop(self) -> None:

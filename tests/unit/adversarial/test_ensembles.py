@@ -74,7 +74,7 @@ def test_the_reference_takes_these_steps():
     ce, targeted, fab, square = StandardEnsemble().attacks(10, "multiclass")
     assert (ce.loss, ce.steps, ce.restarts, ce.rho) == ("ce", 100, 1, 0.75)
     assert (targeted.steps, targeted.restarts, targeted.targets) == (100, 1, 9)
-    assert (fab.steps, fab.restarts, fab.targets) == (100, 1, 9)
+    assert (fab.steps, fab.restarts, fab.targets, fab.refine) == (100, 1, 9, False)
     assert square.queries == 5000
     assert [attack.loss for attack in RandomEnsemble().attacks(10, "multiclass")] == ["ce", "dlr"]
     assert {attack.draws for attack in RandomEnsemble().attacks(10, "multiclass")} == {20}
