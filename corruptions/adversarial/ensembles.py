@@ -80,7 +80,7 @@ class StandardEnsemble(Ensemble):
     def plan(self, num_classes: int, task: Task) -> tuple[_Make, ...]:
         if task == "multilabel" or num_classes < 4:
             raise self._refuse("a model of 4 classes or more", num_classes, task, _right_one(num_classes, task))
-        return partial(APGD, loss="ce"), TargetedAPGD, partial(FAB, refine=False), Square
+        return partial(APGD, loss="ce"), TargetedAPGD, partial(FAB, refine=False), partial(Square, edges=False)
 
 
 @ATTACKS.register("aa-rand")

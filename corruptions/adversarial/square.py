@@ -39,13 +39,15 @@ class Square(Search):
 
     The authors' code draws one window, and in L-infinity one set of signs, for a whole batch; here each sample has its
     own, so its result does not depend on the batch. The range of their windows excludes its end, so that no window ever
-    reaches the last row and column of an image; here all places are equally likely, which finds more on small images.
+    reaches the last row and column of an image; here all places are equally likely, which finds more on small images,
+    unless ``edges`` is False.
     Where the sides of an image differ, tiles are as large as the shorter side allows; images below 5 pixels start from
     stripes in L2 as well.
 
     Args:
         queries: Proposals, each of one forward pass; the start takes one more.
         p_init: Share of the pixels in the first windows, above 0 and at most 1.
+        edges: Windows reach the last row and column; False for the authors' range.
 
     Raises:
         RangeError: Numbers make no sense.
@@ -59,6 +61,7 @@ class Square(Search):
 
     queries: int = 5000
     p_init: float = 0.8
+    edges: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,6 +71,7 @@ class Square(Search):
 
     def search(self, oracle: Oracle, rng: SampleRng, rows: Tensor, start: Tensor | None, *, stop: bool) -> None:
         walk = (_Flat if oracle.norm == "linf" else _Round)(oracle, rows, rng, start)
+        walk.edges = self.edges
         for first in range(0, self.queries, _BLOCK):
             if stop:
                 walk.drop()
@@ -93,6 +97,7 @@ class _Walk(ABC):
     """
 
     state: ClassVar[tuple[str, ...]] = ("rows", "clean", "images", "best")
+    edges: bool = True
 
     def __init__(self, oracle: Oracle, rows: Tensor, rng: SampleRng, start: Tensor | None) -> None:
         self.oracle = oracle
@@ -137,7 +142,8 @@ class _Walk(ABC):
         """Return top rows and left columns of windows, int64 (n, K) each, every place equally likely."""
         size = torch.tensor(sides, device=self.clean.device)
         drawn = rng.uniform(label, (2, _BLOCK))[:, :, : len(sides)]
-        top, left = ((drawn[:, axis] * (self.clean.shape[2 + axis] - size + 1)).long() for axis in (0, 1))
+        places = (self.clean.shape[2 + axis] - size + self.edges for axis in (0, 1))
+        top, left = ((drawn[:, axis] * count.clamp_min(1)).long() for axis, count in enumerate(places))
         return top, left
 
 

@@ -154,7 +154,7 @@ def evaluate_under_shift(
         plan=inputs.plan,
         trust=[]
         if isinstance(inputs.model, SavedPredictions)
-        else checklists(inputs.model, inputs.source, inputs.plan, trust, seed),
+        else checklists(inputs.model, inputs.source, inputs.plan, trust, seed, preflight.entry),
         failures=predictions.failures,
         stores=predictions.main.stores,
         frozen=frozen,

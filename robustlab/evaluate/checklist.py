@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from robustlab.core.attack import Attack
+from robustlab.core.attack import Attack, Norm
 from robustlab.core.errors import RobustlabError
 from robustlab.core.model import Model
 from robustlab.core.shift import quantize
 from robustlab.core.source import Source
 
+from .cache import ModelEntry, replace_file
 from .plan import Plan
 from .trust import TrustCheck, trust_checks
 from .trust_checks import FEW
+
+logger = logging.getLogger("robustlab")
 
 _MOST = 64
 _SHARE = 8
 _CANDIDATES = 4  # samples read for each that is used, as wrong ones are left out
 
 
-def checklists(model: Model, source: Source, plan: Plan, limit: int | None, seed: int) -> list[dict[str, Any]]:
+def checklists(
+    model: Model, source: Source, plan: Plan, limit: int | None, seed: int, entry: ModelEntry | None
+) -> list[dict[str, Any]]:
     """Return what ``trust_checks`` finds, at the middle one of all budgets of a norm.
 
     Args:
@@ -28,6 +38,7 @@ def checklists(model: Model, source: Source, plan: Plan, limit: int | None, seed
         plan: What was run.
         limit: Right samples to run it on; None for an eighth of the data, 10 to 64; 0 for no checklist.
         seed: Seed of the evaluation.
+        entry: What the cache holds of the model, where the findings are kept; None for no cache.
     """
     spec = source.info.spec
     budgets: dict[Any, set[float]] = {}
@@ -38,17 +49,47 @@ def checklists(model: Model, source: Source, plan: Plan, limit: int | None, seed
     if limit == 0 or not budgets or source.info.labels is None:
         return []
     most = max(FEW, min(_MOST, len(source) // _SHARE)) if limit is None else limit
+    found = []
+    for norm, all_eps in budgets.items():
+        eps = sorted(all_eps)[(len(all_eps) - 1) // 2]
+        checks = _kept(
+            entry, source, (norm, eps, spec, seed, most), partial(_checks, model, source, norm, eps, seed, most)
+        )
+        native = f"{spec.native(eps):.3g} {spec.unit}s" if norm == "linf" else f"{eps:.3g} on the [0, 1] scale"
+        found.append({"norm": norm, "eps": eps, "budget": native, "checks": checks})
+    return found
+
+
+def _checks(model: Model, source: Source, norm: Norm, eps: float, seed: int, most: int) -> list[dict[str, Any]]:
+    spec = source.info.spec
     # spread over the data, which may be sorted by class
     count = min(len(source), _CANDIDATES * most)
     batch = source.read([place * len(source) // count for place in range(count)]).to(model.device)
     batch = batch.replace(quantize(batch.images, spec))
-    found = []
-    for norm, all_eps in budgets.items():
-        eps = sorted(all_eps)[(len(all_eps) - 1) // 2]
-        try:
-            checks = trust_checks(model, batch, norm=norm, eps=eps, spec=spec, seed=seed, limit=most)
-        except RobustlabError as error:  # the numbers are there, and must not be lost
-            checks = (TrustCheck("checklist", "Could the checklist be run?", "failed", str(error)),)
-        native = f"{spec.native(eps):.3g} {spec.unit}s" if norm == "linf" else f"{eps:.3g} on the [0, 1] scale"
-        found.append({"norm": norm, "eps": eps, "budget": native, "checks": [check.to_dict() for check in checks]})
+    try:
+        checks = trust_checks(model, batch, norm=norm, eps=eps, spec=spec, seed=seed, limit=most)
+    except RobustlabError as error:  # the numbers are there, and must not be lost
+        checks = (TrustCheck("checklist", "Could the checklist be run?", "failed", str(error)),)
+    return [check.to_dict() for check in checks]
+
+
+def _kept(
+    entry: ModelEntry | None, source: Source, facts: tuple[object, ...], run: Callable[[], list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """Return findings of an earlier evaluation from the cache, or run the checklist and keep what it finds."""
+    if entry is None:
+        return run()
+    key = hashlib.blake2b(repr((source.fingerprint(), facts)).encode(), digest_size=16).hexdigest()
+    path = entry.folder / f"checklist-{key}.json"
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(stored, list) and all({"name", "status", "finding"} <= set(check) for check in stored):
+            return stored
+    except (OSError, ValueError, TypeError):
+        pass
+    found = run()
+    try:
+        replace_file(path, json.dumps(found).encode())
+    except OSError as error:
+        logger.warning("cache: the checklist of the attacks could not be kept: %s", error)
     return found

@@ -287,7 +287,8 @@ def test_5_every_number_has_n_and_an_interval(full):
         middle = row.low if "reflected" in row.method else row.value
         assert row.low - 1e-12 <= middle <= row.high + 1e-12, row
         # identical predictions differ by nothing, and a risk that no coverage meets is met by none
-        assert row.high > row.low or row.metric == "accuracy-drop" or row.reason == "risk_not_met", row
+        same = row.metric == "accuracy-drop" or row.method.startswith("identical predictions")
+        assert row.high > row.low or same or row.reason == "risk_not_met", row
     undefined = sum(math.isnan(row.value) for row in full.rows)
     assert undefined < len(full.rows) / 10
 

@@ -1,5 +1,7 @@
 """Ensembles: the right one for a model, the worst over their attacks for each sample, fresh draws for random models."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -14,6 +16,7 @@ from corruptions.adversarial import (
     StandardEnsemble,
     TargetedAPGD,
     ThreeClassEnsemble,
+    ensembles,
 )
 from robustlab.core.errors import ConfigError
 from robustlab.core.model import wrap
@@ -29,6 +32,11 @@ NAMES = {
     "standard": ["apgd", "apgd-t", "fab-t", "square"],
     "multilabel": ["apgd", "apgd-t", "square"],
 }
+
+
+@pytest.fixture
+def short_square(monkeypatch):
+    monkeypatch.setattr(ensembles, "Square", functools.partial(ensembles.Square, queries=200))
 
 
 def wavy(classes):
@@ -75,13 +83,13 @@ def test_the_reference_takes_these_steps():
     assert (ce.loss, ce.steps, ce.restarts, ce.rho) == ("ce", 100, 1, 0.75)
     assert (targeted.steps, targeted.restarts, targeted.targets) == (100, 1, 9)
     assert (fab.steps, fab.restarts, fab.targets, fab.refine) == (100, 1, 9, False)
-    assert square.queries == 5000
+    assert (square.queries, square.edges) == (5000, False)
     assert [attack.loss for attack in RandomEnsemble().attacks(10, "multiclass")] == ["ce", "dlr"]
     assert {attack.draws for attack in RandomEnsemble().attacks(10, "multiclass")} == {20}
 
 
 @pytest.mark.parametrize(("classes", "task"), [(2, "binary"), (3, "multiclass"), (6, "multiclass"), (4, "multilabel")])
-def test_a_sample_falls_to_the_ensemble_if_it_falls_to_one_attack(classes, task):
+def test_a_sample_falls_to_the_ensemble_if_it_falls_to_one_attack(classes, task, short_square):
     model, batch = problem(classes, task=task)
     ensemble = AutoAttack(eps=(EPS,))
     ctx = ShiftContext(model=model)
@@ -99,7 +107,7 @@ def test_a_sample_falls_to_the_ensemble_if_it_falls_to_one_attack(classes, task)
     assert found.queries[found.success].float().mean() < found.queries[~found.success].float().mean()
 
 
-def test_samples_that_are_wrong_already_cost_one_look():
+def test_samples_that_are_wrong_already_cost_one_look(short_square):
     model, batch = problem(4)
     labels = batch.labels.clone()
     labels[:5] = (labels[:5] + 1) % 4

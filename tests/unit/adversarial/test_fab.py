@@ -187,6 +187,26 @@ def test_success_is_a_distance_within_the_budget_and_margins_are_those_of_the_sp
 
 
 @pytest.mark.parametrize("norm", NORMS)
+def test_without_refinement_only_what_the_steps_found_inside_the_ball_counts(norm):
+    net = linear(2, seed=1)
+    batch, model = predicted(net, drawn(100, seed=2), 2)
+    exact = distances(net, batch, norm).amin(1)
+    attack = FAB(norm=norm, refine=False)
+    run = Approach(oracle_of(model, batch, norm), torch.arange(100), batch.images, 1 - batch.labels, attack, stop=False)
+    run.run()
+    found = run.distance.flatten().double()
+    over = found / exact - 1
+    assert (over.median() - 0.0053).abs() < 1e-3, "of the overshoot eta, on a linear model"
+    eps = found.median().item()
+    result = attack.run(batch, ShiftContext(model=model), eps=eps)
+    sure = (found / eps - 1).abs() > 1e-5
+    assert torch.equal(result.success[sure], (found <= eps)[sure])
+    assert torch.equal(result.images[~result.success], batch.images[~result.success])
+    moved = size(result.images - batch.images, norm)[result.success]
+    assert torch.allclose(moved, found[result.success], rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm", NORMS)
 def test_distance_is_that_of_the_plane_where_the_box_binds(norm):
     net = linear(2, seed=3)
     images = drawn(60, low=0.0, high=1.0, seed=3)

@@ -396,3 +396,18 @@ def test_several_labels_are_searched_too():
 def test_settings_that_make_no_sense_are_refused(arguments, message):
     with pytest.raises(RangeError, match=message):
         Square(**arguments)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_windows_of_the_authors_spare_the_last_row_and_column(norm):
+    images = torch.full((6, 1, 12, 12), 0.5)
+    model = wrap(lambda x: x.flatten(1)[:, :2], num_classes=2)
+    batch = Batch(images, torch.zeros(6).long(), torch.arange(6))
+    oracle = Oracle(model, batch, None, eps=0.1, norm=norm)
+    walk = (_Flat if norm == "linf" else _Round)(oracle, torch.arange(6), SampleRng.make(0, "w", torch.arange(6)), None)
+    for edges, last in ((True, 9), (False, 8)):
+        walk.edges = edges
+        found = torch.stack([torch.stack(walk.corners(walk.rng.child(i), "window", [3] * 60)) for i in range(8)])
+        assert (found.min().item(), found.max().item()) == (0, last)
+    walk.edges = False
+    assert torch.stack(walk.corners(walk.rng, "window", [12])).max() == 0
