@@ -14,6 +14,7 @@ from robustlab.core.errors import RobustlabError
 from robustlab.core.model import Model
 from robustlab.core.shift import quantize
 from robustlab.core.source import Source
+from robustlab.core.spec import array_fingerprint
 
 from .cache import ModelEntry, replace_file
 from .plan import Plan
@@ -79,7 +80,9 @@ def _kept(
     """Return findings of an earlier evaluation from the cache, or run the checklist and keep what it finds."""
     if entry is None:
         return run()
-    key = hashlib.blake2b(repr((source.fingerprint(), facts)).encode(), digest_size=16).hexdigest()
+    labels = [] if source.info.labels is None else [("labels", source.info.labels)]
+    seen = (source.content_fingerprint(), array_fingerprint(labels), facts)
+    key = hashlib.blake2b(repr(seen).encode(), digest_size=16).hexdigest()
     path = entry.folder / f"checklist-{key}.json"
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))

@@ -66,3 +66,21 @@ def test_a_checklist_that_fails_loses_no_number(monkeypatch):
     report = evaluate(build(), source(), shifts=(), attacks=PGD(eps=EPS, steps=2), trust=10)
     assert report.value("accuracy", shift="pgd-linf", severity=5).n > 0
     assert [check["status"] for check in report.manifest["trust"][0]["checks"]] == ["failed"]
+
+
+def test_the_cache_keeps_the_findings_for_the_same_question(tmp_path, monkeypatch):
+    options = {"shifts": (), "attacks": PGD(eps=EPS, steps=2), "trust": 10, "cache": tmp_path}
+    first = evaluate(build(), source(), **options)
+    asked = []
+
+    def count(*args, **given):
+        asked.append(given)
+        raise ModelError("trust_checks", "one thing", "another", "Do this.")
+
+    monkeypatch.setattr("robustlab.evaluate.checklist.trust_checks", count)
+    assert evaluate(build(), source(), **options).manifest["trust"] == first.manifest["trust"]
+    assert not asked
+    for other in ({"seed": 1}, {"trust": 12}, {"attacks": PGD(eps=(2 / 255,), steps=2)}):
+        evaluate(build(), source(), **options | other)
+    evaluate(build(), source(seed=2), **options)
+    assert len(asked) == 4
