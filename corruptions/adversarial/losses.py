@@ -112,6 +112,18 @@ def targeted_dlr(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
     return -(own - aim) / (ranked[:, -1] - 0.5 * (ranked[:, -3] + ranked[:, -4]) + _TINY)
 
 
+def decided_at(logits: Tensor, thresholds: tuple[float, ...]) -> Tensor:
+    """Return logits (N, L) moved so that each label is decided where its logit crosses 0.
+
+    Args:
+        logits: float (N, L).
+        thresholds: Probability at which each label is decided; empty for one half.
+    """
+    if not thresholds:
+        return logits
+    return logits - torch.tensor(thresholds, dtype=torch.float64).logit(1e-9).to(logits.device, logits.dtype)
+
+
 def loss_named(name: LossName, task: Task, num_classes: int, who: str) -> Callable[[Tensor, Tensor, Task], Tensor]:
     """Return a loss by name.
 

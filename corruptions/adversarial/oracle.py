@@ -13,7 +13,7 @@ from robustlab.core.errors import ModelError
 from robustlab.core.model import Model
 from robustlab.core.types import Batch, ImageSpec, Task
 
-from .losses import margin
+from .losses import decided_at, margin
 
 Loss = Callable[[Tensor, Tensor, Task], Tensor]
 """Of logits (N, C), labels and the task; float (N,), which the attack raises."""
@@ -154,11 +154,7 @@ class Oracle:
                 who=f"attack on {self.model.model_name}",
             )
         self.queries[rows] += 1
-        if self.thresholds:
-            # a label is decided where its logit crosses 0
-            at = torch.tensor(self.thresholds, dtype=torch.float64).logit(1e-9)
-            logits = logits - at.to(logits.device, logits.dtype)
-        return logits
+        return decided_at(logits, self.thresholds)
 
     def _drawn(self, images: Tensor, rows: Tensor) -> list[Tensor]:
         return [self._logits(images, rows) for _ in range(self.draws)]

@@ -21,7 +21,7 @@ from robustlab.report.report import Picture, Report
 from robustlab.report.rows import Row
 
 from .checklist import checklists
-from .engine import Predictions, predict_all
+from .engine import Predictions, aimed, predict_all
 from .gallery import make_gallery
 from .inputs import Inputs, check_numbers, check_places, class_names_of, load_inputs
 from .manifest import make_manifest
@@ -129,7 +129,7 @@ def evaluate_under_shift(
     predictions, chunk = predict_all(
         inputs, preflight, executor, seed=seed, cluster=cluster, batch_size=batch_size, progress=progress
     )
-    plan, stores = with_worst_attacks(inputs.plan, predictions.main.stores)
+    plan, stores = with_worst_attacks(aimed(inputs.plan, predictions.val), predictions.main.stores)
     inputs = replace(inputs, plan=plan)
     predictions = replace(predictions, main=replace(predictions.main, stores=stores))
 

@@ -138,7 +138,7 @@ def _look_up(inputs: Inputs, saved: SavedPredictions, cluster: str | None) -> Pr
     return Predictions(main, val, {name: done.stores[CLEAN.key] for name, done in foreign.items()}, {})
 
 
-def _aimed(plan: Plan, val: PredictionStore | None) -> Plan:
+def aimed(plan: Plan, val: PredictionStore | None) -> Plan:
     """Return the plan with what attacks on several labels aim at."""
     attacked = any(condition.kind == "attack" for condition in plan.conditions)
     if val is None or val.task != "multilabel" or val.labels is None or not attacked:
@@ -187,7 +187,7 @@ class _Run:
             done = self._one(inputs.val, only_clean, None)
             val = done.stores[CLEAN.key]
             failures |= {f"val: {name}": text for name, text in done.failures.items()}
-        main = self._one(inputs.source, _aimed(inputs.plan, val), self.cluster)
+        main = self._one(inputs.source, aimed(inputs.plan, val), self.cluster)
         failures = {**main.failures, **failures}
         foreign: dict[str, PredictionStore] = {}
         for name, source in inputs.ood.items():

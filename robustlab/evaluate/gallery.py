@@ -40,7 +40,7 @@ def make_gallery(
         return _caption(model, stores[key].logits[at], source)
 
     pictures = [Picture(CLEAN.label, 0.0, encode_png(batch.images[0]), answer(CLEAN.key) + truth)]
-    ctx = ShiftContext(seed=seed, spec=source.info.spec, model=model)
+    ctx = ShiftContext(seed=seed, spec=source.info.spec, model=model, thresholds=plan.thresholds)
     for sweep in plan.sweeps:
         if isinstance(sweep.shift, Attack) and batch.labels is None:
             continue

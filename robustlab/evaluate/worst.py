@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from corruptions.adversarial.losses import decided_at, margin
 from robustlab.core.levels import MAX_SEVERITY
 from robustlab.metrics.store import PredictionStore
 
@@ -42,17 +43,18 @@ def with_worst_attacks(plan: Plan, stores: Mapping[str, PredictionStore]) -> tup
             label = f"{WORST_ATTACK} {unit.split(',')[0]}"
             condition = replace(members[0], key=f"{label}@{severity:g}", label=label, severity=severity)
             added.append(condition)
-            found[condition.key] = worst_of_each(parts)
+            found[condition.key] = worst_of_each(parts, plan.thresholds)
     return replace(plan, derived=tuple(added)), found
 
 
-def worst_of_each(stores: list[PredictionStore]) -> PredictionStore:
+def worst_of_each(stores: list[PredictionStore], thresholds: tuple[float, ...] = ()) -> PredictionStore:
     """Return for each sample the row of the store with the smallest margin; rows that are not finite come last.
 
     Args:
         stores: Of the same labelled samples in the same order.
+        thresholds: Probability at which each label of a multi-label task is decided; empty for one half.
     """
-    chosen = torch.stack([_margins(store) for store in stores]).argmin(0)
+    chosen = torch.stack([_margins(store, thresholds) for store in stores]).argmin(0)
     rows = torch.arange(len(chosen))
 
     def pick(values: list[Tensor]) -> Tensor:
@@ -63,12 +65,7 @@ def worst_of_each(stores: list[PredictionStore]) -> PredictionStore:
     return replace(first, logits=pick([store.logits for store in stores]), scores=scores)
 
 
-def _margins(store: PredictionStore) -> Tensor:
-    labels, logits = store.labels, store.logits
-    if labels is None:
+def _margins(store: PredictionStore, thresholds: tuple[float, ...]) -> Tensor:
+    if store.labels is None:
         raise ValueError("attacks need labels")
-    if store.task == "multilabel":
-        gap = torch.where(labels < 0, torch.inf, logits * (2 * labels - 1)).amin(1)
-    else:
-        gap = logits.gather(1, labels[:, None]).squeeze(1) - logits.scatter(1, labels[:, None], -torch.inf).amax(1)
-    return torch.where(store.finite, gap, torch.inf)
+    return margin(decided_at(store.logits, thresholds), store.labels, store.task).nan_to_num(nan=torch.inf)

@@ -67,6 +67,18 @@ def test_rows_that_are_not_finite_come_last():
     assert not torch.isfinite(worst.logits[2]).all()
 
 
+def test_labels_are_weighed_at_their_thresholds():
+    """At one half the first store is closer to a wrong answer; decided at 0.88 the second is wrong."""
+
+    def store(logit):
+        labels = torch.tensor([[1, 0]])
+        return PredictionStore(torch.arange(1), torch.tensor([logit]), labels, "multilabel")
+
+    stores = [store([3.0, -0.5]), store([1.0, -4.0])]
+    assert worst_of_each(stores).logits.tolist() == [[3.0, -0.5]]
+    assert worst_of_each(stores, (0.88, 0.5)).logits.tolist() == [[1.0, -4.0]]
+
+
 def test_native_units_are_those_of_the_source(report):
     native = evaluate(build(), source(), shifts=(), attacks=PGD(eps=(2, 8, 16), units="native", steps=5))
     for severity in (5 / 3, 10 / 3, 5):
@@ -111,7 +123,8 @@ def test_a_report_on_several_labels_attacks_at_its_frozen_thresholds():
         logits = model(torch.from_numpy(pixels(seed=seed)[0]).permute(0, 3, 1, 2) / 255).logits
         return source("multilabel", seed=seed, labels=(logits > logits.median(0).values).long().numpy())
 
-    report = evaluate(model, labelled(0), val=labelled(3), shifts=(), attacks=PGD(eps=(4 / 255,), steps=5))
+    attacks = (PGD(eps=(4 / 255,), steps=5), FGSM(eps=(4 / 255,), mask=(0.5, 1.0)))
+    report = evaluate(model, labelled(0), val=labelled(3), shifts=(), attacks=attacks)
     thresholds = np.array(report.manifest["frozen"]["thresholds"])
     assert not np.allclose(thresholds, 0.5)
     clean, attacked = report.predictions["clean"], report.predictions["pgd-linf@5"]
@@ -124,3 +137,5 @@ def test_a_report_on_several_labels_attacks_at_its_frozen_thresholds():
     assert (wrong(attacked) >= wrong(clean)).all()
     moved = (attacked.logits - clean.logits).abs().amax(1) > 0
     assert not moved[wrong(clean)].any(), "what is wrong already is left as it is"
+    parts = [wrong(report.predictions[key]) for key in ("pgd-linf@5", "fgsm-linf@5")]
+    assert torch.equal(wrong(report.predictions["worst attack linf@5"]), parts[0] | parts[1])
