@@ -15,9 +15,10 @@ from torch import Tensor
 from robustlab.core.attack import Attack, AttackResult, Norm
 from robustlab.core.errors import ConfigError, KindError, RangeError, ShapeError
 from robustlab.core.model import Model
-from robustlab.core.rng import SampleRng, stable_hash
+from robustlab.core.rng import SampleRng
 from robustlab.core.shift import ShiftContext, luma
 from robustlab.core.types import Batch
+from robustlab.train.seeding import scoped_seed
 
 from .oracle import Oracle
 
@@ -177,10 +178,8 @@ def attacking(model: Model, seed: int, batch: Batch) -> Iterator[tuple[Model, Ba
     is seeded from ``seed``, so that runs repeat.
     """
     images = batch.images.detach()
-    devices = [images.device] if images.device.type == "cuda" else []
     # a caller may be in inference mode, whose tensors autograd refuses; copies made outside it are ordinary
-    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices):
-        torch.manual_seed(stable_hash("attack", seed) & (2**63 - 1))  # noqa: TID251 - a random model reads it; put back
+    with torch.inference_mode(False), torch.enable_grad(), scoped_seed("attack", seed):
         images = images.clone() if images.dtype == torch.float64 else images.to(torch.float32, copy=True)
         labels = None if batch.labels is None else batch.labels.clone()
         view = model.for_attack()
