@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -106,19 +107,35 @@ class TargetedAPGD(_Stepped):
         self.at_least_one("targets", self.targets, "The reference ensemble aims at 9.")
 
     def search(self, oracle: Oracle, rng: SampleRng, rows: Tensor, start: Tensor | None, *, stop: bool) -> None:
-        ranked = ranked_targets(oracle, rows)
-        for place in range(min(self.targets, ranked.shape[1])):
-            for restart in range(self.restarts):
-                if stop:
-                    left = oracle.margin[rows] >= 0
-                    rows, ranked = rows[left], ranked[left]
-                if not len(rows):
-                    return
-                given = start is not None and restart == 0 and place == 0
-                first = start if given else started(oracle, rows, rng.child(place).child(restart))
-                assert first is not None  # noqa: S101 - for the type checkers
-                climb = Climb(oracle, rows, first, steps=self.steps, rho=self.rho, stop=stop)
-                climb.run_towards(ranked[:, place])
+        for place, restart, left, targets in aims(oracle, rows, self.targets, self.restarts, stop=stop):
+            if start is not None and place == restart == 0:
+                first = start
+            else:
+                first = started(oracle, left, rng.child(place).child(restart))
+            Climb(oracle, left, first, steps=self.steps, rho=self.rho, stop=stop).run_towards(targets)
+
+
+def aims(
+    oracle: Oracle, rows: Tensor, most: int, restarts: int, *, stop: bool
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """Yield the runs of a targeted search: rank of the target, restart, samples int64 (n,), their targets int64 (n,).
+
+    Args:
+        oracle: The model on the batch.
+        rows: int64 (n,), places in the batch.
+        most: Targets at most.
+        restarts: Runs for each target.
+        stop: Leave out samples that earlier runs made wrong; the first run then has all ``rows``, none of which is.
+    """
+    ranked = ranked_targets(oracle, rows)
+    for place in range(min(most, ranked.shape[1])):
+        for restart in range(restarts):
+            if stop:
+                left = oracle.margin[rows] >= 0
+                rows, ranked = rows[left], ranked[left]
+            if not len(rows):
+                return
+            yield place, restart, rows, ranked[:, place]
 
 
 def ranked_targets(oracle: Oracle, rows: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from robustlab.core.registry import ATTACKS
 from robustlab.core.rng import SampleRng
 from robustlab.core.types import Task
 
-from .apgd import ranked_targets
+from .apgd import aims
 from .base import Search
 from .losses import margin, signed
 from .oracle import Oracle
@@ -86,17 +86,12 @@ class FAB(Search):
             raise RangeError("FAB", "eta of 1 or more", f"{self.eta}", "The reference uses 1.05.")
 
     def search(self, oracle: Oracle, rng: SampleRng, rows: Tensor, start: Tensor | None, *, stop: bool) -> None:
-        ranked = ranked_targets(oracle, rows)
-        for place in range(min(self.targets, ranked.shape[1])):
-            for restart in range(self.restarts):
-                if stop:
-                    left = oracle.margin[rows] >= 0
-                    rows, ranked = rows[left], ranked[left]
-                if start is not None and place == restart == 0:
-                    first = start
-                else:
-                    first = _start(oracle, rows, rng.child(place).child(restart) if restart else None)
-                Approach(oracle, rows, first, ranked[:, place], self, stop=stop).run()
+        for place, restart, left, targets in aims(oracle, rows, self.targets, self.restarts, stop=stop):
+            if start is not None and place == restart == 0:
+                first = start
+            else:
+                first = _start(oracle, left, rng.child(place).child(restart) if restart else None)
+            Approach(oracle, left, first, targets, self, stop=stop).run()
 
 
 def _start(oracle: Oracle, rows: Tensor, rng: SampleRng | None) -> Tensor:
