@@ -62,7 +62,6 @@ def evaluate(
     Example: robustlab evaluate timm:resnet18 data.npz --arg num_classes=2 --weights w.safetensors --out runs/a
     """
     from robustlab import evaluate_under_shift, load_data
-    from robustlab.core.errors import ConfigError
     from robustlab.core.registry import ATTACKS
 
     from .parse import floats, parse_attack, parse_model, parse_pairs, parse_severities, parse_workers
@@ -79,13 +78,6 @@ def evaluate(
     if dry_run:
         _dry_run(source, names, levels, chosen, list(foreign), as_json)
         return
-    if task not in (None, "binary", "multiclass", "multilabel") or output not in (None, "logits", "log_probs", "probs"):
-        raise ConfigError(
-            "robustlab evaluate",
-            "--task binary, multiclass or multilabel and --output logits, log_probs or probs",
-            f"--task {task} --output {output}",
-            "Check the spelling.",
-        )
     subject = parse_model(
         model,
         weights=weights,

@@ -116,11 +116,19 @@ def parse_model(model: str, *, weights: Path | None, arguments: list[str], **dec
     """Return what MODEL names: a specification with what was declared, or saved predictions.
 
     Raises:
-        ConfigError: Saved predictions with options that only a network has.
+        ConfigError: Unknown task or kind of output; saved predictions with options that only a network has.
     """
     from robustlab import load_predictions
     from robustlab.evaluate import ModelSpec
 
+    task, output = declared.get("task"), declared.get("output")
+    if task not in (None, "binary", "multiclass", "multilabel") or output not in (None, "logits", "log_probs", "probs"):
+        raise ConfigError(
+            f"model {model!r}",
+            "--task binary, multiclass or multilabel and --output logits, log_probs or probs",
+            f"--task {task} --output {output}",
+            "Check the spelling.",
+        )
     if Path(model).suffix.lower() not in PREDICTIONS:
         return ModelSpec(model, weights=weights, arguments=parse_arguments(arguments), **declared)
     odd = [f"--{key}" for key in ("mean", "std", "size") if declared.get(key) is not None]

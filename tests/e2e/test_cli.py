@@ -177,3 +177,6 @@ def test_attack_writes_a_report_with_a_checklist(folder):
     wrong = robustlab("attack", *arguments, "--eps", "one", cwd=folder)
     assert wrong.returncode == 2
     assert "budgets, comma-separated" in wrong.stderr
+    odd = robustlab("attack", *arguments, "--eps", "1/255", "--task", "two", cwd=folder)
+    assert odd.returncode == 2
+    assert "--task binary, multiclass or multilabel" in odd.stderr
