@@ -137,5 +137,6 @@ def test_a_report_on_several_labels_attacks_at_its_frozen_thresholds():
     assert (wrong(attacked) >= wrong(clean)).all()
     moved = (attacked.logits - clean.logits).abs().amax(1) > 0
     assert not moved[wrong(clean)].any(), "what is wrong already is left as it is"
+    assert moved[~wrong(clean)].all(), "what is right at its thresholds is attacked, also where one half calls it wrong"
     parts = [wrong(report.predictions[key]) for key in ("pgd-linf@5", "fgsm-linf@5")]
     assert torch.equal(wrong(report.predictions["worst attack linf@5"]), parts[0] | parts[1])
