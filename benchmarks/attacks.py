@@ -1,6 +1,6 @@
 """The reference ensemble and torchattacks beside ours: robust accuracy and time, where about half of the images hold.
 
-    python -m benchmarks.attacks --autoattack A --torchattacks T --data D [--count 64] [--share 0.5]
+    python -m benchmarks.attacks --autoattack A --torchattacks T --data D [--count 64] [--share 0.5] [--stages]
 
 A is a checkout of github.com/fra31/auto-attack (a392200), T a folder that holds torchattacks 3.5.1, D the data sets.
 The model is ResNet-20 on CIFAR-10 (32 px). A budget is found at which about this share of the images that are right
@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.5, help="of the right images that withstand PGD")
     parser.add_argument("--norm", choices=("linf", "l2"), default="linf")
     parser.add_argument("--network", choices=("resnet20", "resnet32"), default="resnet20")
+    parser.add_argument("--stages", action="store_true", help="the attacks of the ensemble one by one instead")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     sys.path[:0] = [str(options.autoattack), str(options.torchattacks)]
@@ -91,6 +93,15 @@ def main() -> None:
         made: Tensor = attack.run_standard_evaluation(images, labels, bs=len(images))
         return made
 
+    def reference_stage(name: str) -> Tensor:
+        attack = AutoAttack(net, norm=NAMES[norm], eps=eps, seed=0, verbose=False, device="cpu", version="custom",
+                            attacks_to_run=[name])  # fmt: skip
+        attack.fab.n_restarts = attack.apgd_targeted.n_restarts = attack.apgd.n_restarts = 1
+        attack.fab.n_target_classes = attack.apgd_targeted.n_target_classes = 9
+        attack.square.n_queries = 5000
+        made: Tensor = attack.run_standard_evaluation(images, labels, bs=len(images))
+        return made
+
     def torchattack(name: str, **fields: Any) -> Tensor:
         made: Tensor = getattr(torchattacks, name)(net, eps=eps, **fields)(images, labels)
         return made
@@ -102,6 +113,16 @@ def main() -> None:
         ("pgd, 40 steps", lambda: ours("pgd", step_size=10.0), "torchattacks PGD", lambda: torchattack(
             "PGD" if norm == "linf" else "PGDL2", alpha=eps / 4, steps=40)),
     ]  # fmt: skip
+    if options.stages:
+        cases = [
+            (f"{name} alone", partial(ours, name, **fields), f"auto-attack {theirs}", partial(reference_stage, theirs))
+            for name, theirs, fields in (
+                ("apgd", "apgd-ce", {}),
+                ("apgd-t", "apgd-t", {}),
+                ("fab-t", "fab-t", {"refine": False}),
+                ("square", "square", {"edges": False}),
+            )
+        ]
     clean = robust(net, images, labels)
     print(f"{options.network}, {len(images)} images, {clean} right, {norm} eps {eps:.5f}")
     rows = []

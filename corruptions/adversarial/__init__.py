@@ -5,6 +5,7 @@ from __future__ import annotations
 from .adapters import FromFoolbox, FromTorchattacks
 from .apgd import APGD, TargetedAPGD
 from .bpda import BPDA, with_substitutes
+from .detection import DetectorAttack
 from .ensembles import (
     AutoAttack,
     BinaryEnsemble,
@@ -31,6 +32,7 @@ __all__ = [
     "AutoAttack",
     "BiasField",
     "BinaryEnsemble",
+    "DetectorAttack",
     "FromFoolbox",
     "FromTorchattacks",
     "GammaWindow",

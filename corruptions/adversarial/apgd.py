@@ -23,7 +23,7 @@ _MOMENTUM = 0.75
 
 
 @dataclass(frozen=True)
-class _Stepped(Search):
+class Stepped(Search):
     """The schedule that both forms share."""
 
     steps: int = 100
@@ -40,7 +40,7 @@ class _Stepped(Search):
 
 @ATTACKS.register("apgd")
 @dataclass(frozen=True)
-class APGD(_Stepped):
+class APGD(Stepped):
     """Auto-PGD, untargeted, from a keyed random start on the sphere.
 
     x_{t+1} = P(x_t + a (P(x_t + s d) - x_t) + (1 - a) (x_t - x_{t-1})), d the sign of the gradient (its direction in
@@ -83,7 +83,7 @@ class APGD(_Stepped):
 
 @ATTACKS.register("apgd-t")
 @dataclass(frozen=True)
-class TargetedAPGD(_Stepped):
+class TargetedAPGD(Stepped):
     """Auto-PGD towards each of the likeliest wrong classes in turn; any wrong answer is a success.
 
     The loss is -(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2) for the target t, and -(z_y - z_t) below four classes.

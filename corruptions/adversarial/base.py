@@ -20,7 +20,7 @@ from robustlab.core.shift import ShiftContext, luma
 from robustlab.core.types import Batch
 from robustlab.train.seeding import scoped_seed
 
-from .oracle import Oracle
+from .oracle import Objective, Oracle
 
 FRESH_DRAWS = 20
 """Forward passes, none of which the search has seen, that judge an attack on a random model."""
@@ -96,6 +96,11 @@ class Search(Attack):
             stop: Whether samples may be left alone as soon as they are wrong.
         """
 
+    def objective(self, model: Model) -> Objective | None:
+        """Return what is lowered instead of the margin; None where the answer is attacked."""
+        del model
+        return None
+
     @final
     def run(
         self, batch: Batch, ctx: ShiftContext, *, eps: float, start: Tensor | None = None, stop: bool = False
@@ -131,6 +136,7 @@ class Search(Attack):
                 mask=self._mask(clean),
                 draws=self.draws,
                 thresholds=ctx.thresholds,
+                objective=self.objective(view),
             )
             oracle.begin()
             if eps > 0:
@@ -159,7 +165,7 @@ class Search(Attack):
         who = type(self).__name__
         if ctx.model is None:
             raise ConfigError(who, "a context with a model", "none", "Pass ShiftContext(model=robustlab.wrap(net)).")
-        if batch.labels is None:
+        if batch.labels is None and self.goal == "answer":
             raise ConfigError(who, "a labelled batch", "no labels", "Attacks need to know the right answer.")
         if not eps >= 0:
             raise RangeError(who, "eps of 0 or more", f"{eps}", "Pass a budget on the [0, 1] scale.")

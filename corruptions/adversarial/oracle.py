@@ -18,6 +18,9 @@ from .losses import decided_at, margin
 Loss = Callable[[Tensor, Tensor, Task], Tensor]
 """Of logits (N, C), labels and the task; float (N,), which the attack raises."""
 
+Objective = Callable[[Tensor], Tensor]
+"""Of logits (N, C); float (N,), which an attack on something else than the answer lowers; NaN where undefined."""
+
 
 class Oracle:
     """Answers and gradients of a model on parts of a batch; keeps, for each sample, the image of the smallest margin.
@@ -35,6 +38,8 @@ class Oracle:
         mask: float (N, 1 or C, H, W), 1 where pixels may change, 0 elsewhere; None for everywhere.
         draws: Forward passes that are averaged where the model is random.
         thresholds: Probability at which each label is decided, for several labels an image; empty for one half.
+        objective: What takes the place of the margin, as its change from the clean image; labels are then not looked
+            at, and no sample is settled.
     """
 
     def __init__(
@@ -48,8 +53,8 @@ class Oracle:
         mask: Tensor | None = None,
         draws: int = 1,
         thresholds: tuple[float, ...] = (),
+        objective: Objective | None = None,
     ) -> None:
-        assert batch.labels is not None  # noqa: S101 - callers have checked it, for the type checkers
         self.model = model
         self.batch = batch
         self.spec = spec
@@ -57,10 +62,11 @@ class Oracle:
         self.norm: Norm = norm
         self.mask = mask
         self.draws = draws
-        self.thresholds = thresholds if model.task == "multilabel" else ()
+        self.thresholds = thresholds if model.task == "multilabel" and objective is None else ()
+        self.objective = objective
         self.clean = batch.images
-        self.labels = batch.labels
         count, device = len(batch), batch.images.device
+        self.labels = torch.zeros(count, dtype=torch.int64, device=device) if batch.labels is None else batch.labels
         self.images = self.clean.clone()
         self.margin = torch.full((count,), torch.inf, device=device, dtype=self.clean.dtype)
         self.seen = torch.zeros(count, dtype=torch.bool, device=device)
@@ -69,6 +75,7 @@ class Oracle:
         self.all = torch.arange(count, device=device)
         self.num_classes = 0
         self.parameters: dict[str, Tensor] | None = None  # of the best images, where an attack has them
+        self.at_first = torch.zeros_like(self.margin)
         self.stage = 0
         self.found_by = torch.full((count,), -1, dtype=torch.int64, device=device)
 
@@ -76,7 +83,12 @@ class Oracle:
         """Look at the clean images, and check the labels against the classes that the model has."""
         logits = self.forward(self.clean, self.all)
         self.num_classes = logits.shape[1]
-        self.settled = self.margin < 0
+        if self.objective is None:
+            self.settled = self.margin < 0
+        else:
+            self.at_first = self.margin.masked_fill(~self.seen, 0.0)
+            self.margin = torch.full_like(self.margin, torch.inf).masked_fill(self.seen, 0.0)
+            self.found_by.fill_(-1)
 
     def open(self) -> Tensor:
         """Return the places, int64, of samples that are not yet wrong; this waits for the device."""
@@ -100,6 +112,12 @@ class Oracle:
             drawn = self._drawn(images, rows)
             self._look(drawn, images, rows)
             return _mean(drawn)
+
+    def margins(self, images: Tensor, rows: Tensor) -> Tensor:
+        """Return the margins (n,), the mean over the draws, of images of the samples at ``rows``, and look at them."""
+        with torch.no_grad():
+            images = self.stored(images, rows)
+            return self._look(self._drawn(images, rows), images, rows)
 
     def ask(self, images: Tensor, rows: Tensor) -> Tensor:
         """Return ``forward`` without looking: for images that may lie outside the ball."""
@@ -126,7 +144,8 @@ class Oracle:
         success, smallest = self.seen & (self.margin < 0), torch.where(self.seen, self.margin, torch.nan)
         if fresh:
             with torch.no_grad():
-                drawn = torch.stack([self._judge() for _ in range(fresh)])
+                looks = (self._logits(self.images, self.all) for _ in range(fresh))
+                drawn = torch.stack([self._margin(logits, self.all) for logits in looks])
             probability = (drawn < 0).to(smallest.dtype).mean(0)
             success, smallest = probability > 0.5, drawn.nanmean(0)
         return AttackResult(
@@ -139,13 +158,15 @@ class Oracle:
             parameters=self.parameters,
         )
 
-    def _judge(self) -> Tensor:
-        return margin(self._logits(self.images, self.all), self.labels, self.model.task)
+    def _margin(self, logits: Tensor, rows: Tensor) -> Tensor:
+        if self.objective is None:
+            return margin(logits, self.labels[rows], self.model.task)
+        return self.objective(logits) - self.at_first[rows]
 
     def _logits(self, images: Tensor, rows: Tensor) -> Tensor:
         part = self.batch if len(rows) == len(self.batch) else self.batch.select(rows)
         logits = self.model.outputs(part.replace(images)).logits
-        if not self.num_classes:
+        if not self.num_classes and self.objective is None:
             check_labels(
                 self.labels,
                 task=self.model.task,
@@ -190,19 +211,18 @@ class Oracle:
             )
         return slope
 
-    def _look(self, drawn: list[Tensor], images: Tensor, rows: Tensor) -> None:
-        """Keep the images whose margin, the mean over the draws, is the smallest so far."""
-        labels, task = self.labels[rows], self.model.task
-        margins = [margin(logits, labels, task).to(self.margin.dtype) for logits in drawn]
+    def _look(self, drawn: list[Tensor], images: Tensor, rows: Tensor) -> Tensor:
+        """Keep the images whose margin, the mean over the draws, is the smallest so far; return the margins."""
+        margins = [self._margin(logits, rows).to(self.margin.dtype) for logits in drawn]
         now = margins[0] if len(margins) == 1 else torch.stack(margins).mean(0)
-        finite = ~torch.isnan(now)
-        best = self.margin[rows]
+        finite, best = ~torch.isnan(now), self.margin[rows]
         better = finite & (now < best) & ~self.settled[rows]
         first = better & (now < 0) & (best >= 0)
         self.found_by[rows] = torch.where(first, self.stage, self.found_by[rows])
         self.seen[rows] |= finite
         self.margin[rows] = torch.where(better, now, best)
         self.images[rows] = torch.where(better.view(-1, 1, 1, 1), images, self.images[rows])
+        return now
 
 
 def _mean(drawn: list[Tensor]) -> Tensor:

@@ -21,6 +21,15 @@ def attack(
     ] = "auto-attack",
     norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",
     units: Annotated[str, typer.Option(help="unit: the [0, 1] scale; native: grey levels, HU.")] = "unit",
+    goal: Annotated[
+        str,
+        typer.Option(
+            help="answer: make answers wrong; hide: foreign images (--ood) look familiar to a detector; alarm: the "
+            "data look foreign to it. The last two use one search of their own instead of --attacks."
+        ),
+    ] = "answer",
+    detector: Annotated[str, typer.Option(help="Whom to hide from or to alarm; see robustlab list detectors.")] = "msp",
+    ood: Annotated[list[str] | None, typer.Option(help="name=DATA, e.g. far/photos=photos.npz; repeatable.")] = None,
     limit: Annotated[int | None, typer.Option(help="Attack only so many samples, spread over the data.")] = None,
     draws: Annotated[
         int | None, typer.Option(help="Forward passes a look, for models that are random; 20 is usual.")
@@ -49,19 +58,27 @@ def attack(
     Example: robustlab attack timm:resnet18 data.npz --weights w.safetensors --eps 1/255,2/255,4/255 --out runs/attack
     """
     from robustlab import evaluate_under_shift, load_data
+    from robustlab.core.errors import ConfigError
     from robustlab.core.registry import ATTACKS
     from robustlab.data import subset
 
-    from .parse import parse_budgets, parse_model
+    from .parse import parse_budgets, parse_model, parse_pairs
 
     source = load_data(data, split=split)
     if limit is not None and 0 < limit < len(source):
         source = subset(source, [place * len(source) // limit for place in range(limit)])
     fields: dict[str, Any] = {"norm": norm, "eps": parse_budgets(eps, "--eps"), "units": units}
-    chosen: list[Any] = []
-    for text in attacks.split(","):
-        build: Any = ATTACKS.get(text)
-        chosen.append(build(**fields) if draws is None else build(**fields, draws=draws))
+    foreign = {key: load_data(path) for key, path in parse_pairs(ood or [], "--ood").items()}
+    if goal == "hide" and not foreign:
+        raise ConfigError("--goal hide", "foreign images", "no --ood", "Pass e.g. --ood far/photos=photos.npz.")
+    if draws is not None:
+        fields["draws"] = draws
+    if goal == "answer":
+        builders: list[Any] = [ATTACKS.get(text) for text in attacks.split(",")]
+    else:
+        builders = [ATTACKS.get("detector-attack")]
+        fields |= {"goal": goal, "detector": detector}
+    chosen = [build(**fields) for build in builders]
     report = evaluate_under_shift(
         parse_model(
             model,
@@ -79,7 +96,8 @@ def attack(
         shifts=(),
         attacks=chosen,
         trust=trust,
-        detectors=("msp",),
+        ood=foreign,
+        detectors=tuple(dict.fromkeys(("msp", detector))),
         cluster=cluster,
         seed=seed,
         batch_size=batch_size,

@@ -18,6 +18,9 @@ from .types import Batch, ImageSpec
 Norm = Literal["linf", "l2", "parameters"]
 """What a budget bounds: a norm of the change, or the parameters that make it."""
 
+Goal = Literal["answer", "hide", "alarm"]
+"""What is to go wrong: the answer, a detector that should flag foreign inputs, one that should not flag known ones."""
+
 
 @dataclass(frozen=True, eq=False)
 class AttackResult:
@@ -50,12 +53,13 @@ class Attack(Shift):
 
     Subclasses are frozen dataclasses with the fields ``norm``, ``eps`` (increasing budgets) and ``units`` (``"unit"``:
     on the [0, 1] scale; ``"native"``: those of the source), and implement ``run``. Severity 5 k / B is the k-th of B
-    budgets, with straight lines between.
+    budgets, with straight lines between. Those with another ``goal`` than the answer need no labels.
     """
 
     norm: Norm
     eps: tuple[float, ...]
     units: Literal["unit", "native"]
+    goal: Goal = "answer"
     access: ClassVar[str] = "gradients"
     norms: ClassVar[tuple[Norm, ...]] = ("linf", "l2")
 
@@ -157,7 +161,7 @@ class Attack(Shift):
             raise ConfigError(
                 repr(self), "a context with a model", "none", "Use it in evaluate_under_shift(..., attacks=...)."
             )
-        if batch.labels is None:
+        if batch.labels is None and self.goal == "answer":
             raise ConfigError(repr(self), "a labelled batch", "no labels", "Attacks need to know the right answer.")
         eps = self.budget(self.eps_at(severity), ctx.spec)
         result = self.run(batch, ctx, eps=eps)

@@ -17,6 +17,7 @@ from robustlab.core.shift import Shift
 from robustlab.data.predictions import SavedPredictions
 from robustlab.metrics import Resampler, fit_frozen
 from robustlab.metrics.base import Context, Frozen
+from robustlab.metrics.store import PredictionStore
 from robustlab.report.report import Picture, Report
 from robustlab.report.rows import Row
 
@@ -28,7 +29,16 @@ from .manifest import make_manifest
 from .plan import CLEAN
 from .preflight import examine
 from .saved import saved_notes, unparsed_sentences
-from .score import Subject, absent_rows, condition_rows, ood_rows, summary_rows, worst_rows
+from .score import (
+    Subject,
+    absent_rows,
+    alarm_rows,
+    condition_rows,
+    hiding_rows,
+    ood_rows,
+    summary_rows,
+    worst_rows,
+)
 from .worst import with_worst_attacks
 
 
@@ -71,7 +81,8 @@ def evaluate_under_shift(
         shifts: A suite name, a corruption name, a ``Shift``, or several of them.
         severities: Numbers in (0, 5] at which every shift is run.
         attacks: Attacks, each run at its own budgets. Where several share a budget, a row "worst attack" takes for each
-            sample the one that comes closest to a wrong answer.
+            sample the one that comes closest to a wrong answer. A ``DetectorAttack`` is run on the ``ood`` sets, whose
+            images then hide, or on the data, which then raise alarms.
         trust: Right samples on which the checklist runs that tells how far to trust the attacks, some 500 gradients
             each; an eighth of the data, 10 to 64, if None; 0 for no checklist.
         ood: Name (``near/...``, ``far/...``) to data the model was never meant for.
@@ -178,8 +189,17 @@ def evaluate_under_shift(
     pictures: tuple[Picture, ...] = ()
     if gallery and not isinstance(inputs.model, SavedPredictions):
         pictures = make_gallery(inputs.source, inputs.plan, inputs.model, seed, predictions.main.stores)
-    stores = {**predictions.main.stores, **{f"ood:{name}": store for name, store in predictions.ood.items()}}
+    stores = {**predictions.main.stores, **_foreign(predictions)}
     return Report(rows=tuple(rows), manifest=manifest, predictions=stores, gallery=pictures)
+
+
+def _foreign(predictions: Predictions) -> dict[str, PredictionStore]:
+    """Return the predictions on foreign data by the names that they have in a report."""
+    return {
+        f"ood:{name}" if key == CLEAN.key else f"ood:{name}@{key}": store
+        for name, stores in predictions.ood.items()
+        for key, store in stores.items()
+    }
 
 
 def _notes(inputs: Inputs, predictions: Predictions) -> list[str]:
@@ -196,7 +216,7 @@ def _score(inputs: Inputs, predictions: Predictions, context: Context, plausible
     subject = Subject(inputs.model.model_name, inputs.source.info.name)
     rows: list[Row] = []
     for condition in inputs.plan.conditions:
-        if condition.key in stores:
+        if condition.key in stores and condition.kind != "detector attack":
             rows += condition_rows(
                 subject, condition, stores[condition.key], clean, context, inputs.metrics, inputs.source, inputs.groups
             )
@@ -206,13 +226,18 @@ def _score(inputs: Inputs, predictions: Predictions, context: Context, plausible
     rows += worst_rows(subject, shifted, stores, context, "worst")
     attacked = [condition for condition in inputs.plan.conditions if condition.kind == "attack"]
     rows += summary_rows(subject, [*shifted, *attacked], stores, context, inputs.metrics)
-    for name, store in predictions.ood.items():
-        rows += ood_rows(subject, name, store, clean, context, inputs.metrics)
+    for name, foreign in predictions.ood.items():
+        rows += ood_rows(subject, name, foreign[CLEAN.key], clean, context, inputs.metrics)
+    hiding = inputs.plan.on_foreign.conditions[1:]
+    alarms = [condition for condition in inputs.plan.conditions if condition.kind == "detector attack"]
+    rows += hiding_rows(subject, hiding, predictions.ood, clean, context, inputs.metrics)
+    rows += alarm_rows(subject, alarms, stores, predictions.ood, context, inputs.metrics)
     return rows + absent_rows(
         subject,
         inputs.metrics,
         rows,
         groups=bool(inputs.groups),
         ood=bool(predictions.ood),
-        shifted=bool(shifted or attacked),
+        shifted=bool(shifted),
+        attacked=bool(attacked),
     )

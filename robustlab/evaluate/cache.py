@@ -415,11 +415,15 @@ def _seen(shift: Shift, source: Source, thresholds: tuple[float, ...]) -> str:
     scratch = any(not isinstance(part, Corruption) and not is_library_code(type(part)) for part in parts)
     named = {column for part in parts for column in part.columns}
     columns = [(name, codes) for name, codes in sorted(info.groups.items()) if scratch or name in named]
-    if info.labels is not None and (scratch or any(isinstance(part, Attack) for part in parts)):
+    if info.labels is not None and (scratch or any(_sees_labels(part) for part in parts)):
         columns.append(("labels", info.labels))
         if thresholds:
             columns.append(("thresholds", torch.tensor(thresholds, dtype=torch.float64)))
     return array_fingerprint(columns) if columns else ""
+
+
+def _sees_labels(part: Shift) -> bool:
+    return isinstance(part, Attack) and part.goal == "answer"
 
 
 def _condition_name(condition: Condition, identity: str, labels: str, seed: int) -> str:

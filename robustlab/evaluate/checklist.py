@@ -45,7 +45,7 @@ def checklists(
     budgets: dict[Any, set[float]] = {}
     for sweep in plan.sweeps:
         attack = sweep.shift
-        if isinstance(attack, Attack) and attack.norm in ("linf", "l2"):
+        if isinstance(attack, Attack) and attack.goal == "answer" and attack.norm in ("linf", "l2"):
             budgets.setdefault(attack.norm, set()).update(attack.budget(eps, spec) for eps in attack.eps)
     if limit == 0 or not budgets or source.info.labels is None:
         return []

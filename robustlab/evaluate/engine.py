@@ -40,13 +40,13 @@ class Predictions:
     Args:
         main: Predictions on the test data.
         val: On the validation data.
-        ood: On foreign data, by name.
+        ood: On foreign data, by name, then by condition; without labels.
         failures: What could not be run, and why.
     """
 
     main: Pass
     val: PredictionStore | None
-    ood: Mapping[str, PredictionStore]
+    ood: Mapping[str, Mapping[str, PredictionStore]]
     failures: Mapping[str, str]
 
 
@@ -77,7 +77,8 @@ def predict_all(
     chunk = batch_size or _known_chunk(inputs, preflight) or first_chunk(inputs.source, inputs.model.device)
     while True:
         passes = [(len(inputs.source), len(inputs.plan.conditions))]
-        passes += [(len(source), 1) for source in (*inputs.ood.values(), *([inputs.val] if inputs.val else []))]
+        passes += [(len(source), len(inputs.plan.on_foreign.conditions)) for source in inputs.ood.values()]
+        passes += [(len(inputs.val), 1)] if inputs.val else []
         try:
             with ExitStack() as stack:
                 bar = stack.enter_context(progress_bar(forward_passes(passes, chunk), progress))
@@ -121,7 +122,7 @@ def _remember_chunk(inputs: Inputs, preflight: Preflight, chunk: int) -> None:
 def _look_up(inputs: Inputs, saved: SavedPredictions, cluster: str | None) -> Predictions:
     """Take every answer from saved predictions."""
     arena = Arena()
-    only_clean = replace(inputs.plan, sweeps=())
+    only_clean = Plan((), ())
 
     def look(source: Source, plan: Plan, unit: str | None, place: str) -> Pass:
         return saved_pass(saved, source, plan, detectors=inputs.detectors, cluster=unit, arena=arena, stands_for=place)
@@ -135,7 +136,11 @@ def _look_up(inputs: Inputs, saved: SavedPredictions, cluster: str | None) -> Pr
         for name, source in inputs.ood.items()
     }
     main = look(inputs.source, inputs.plan, cluster, CLEAN.key)
-    return Predictions(main, val, {name: done.stores[CLEAN.key] for name, done in foreign.items()}, {})
+    return Predictions(main, val, {name: _unlabelled(done) for name, done in foreign.items()}, {})
+
+
+def _unlabelled(done: Pass) -> dict[str, PredictionStore]:
+    return {key: replace(store, labels=None) for key, store in done.stores.items()}
 
 
 def aimed(plan: Plan, val: PredictionStore | None) -> Plan:
@@ -179,7 +184,7 @@ class _Run:
     def all(self) -> Predictions:
         """Run the test data under every condition, then validation and foreign data as they are."""
         inputs = self.inputs
-        only_clean = replace(inputs.plan, sweeps=())
+        only_clean = Plan((), ())
         failures: dict[str, str] = {}
         val = None
         # first, as attacks on several labels aim at the thresholds that are fitted on it
@@ -189,18 +194,18 @@ class _Run:
             failures |= {f"val: {name}": text for name, text in done.failures.items()}
         main = self._one(inputs.source, aimed(inputs.plan, val), self.cluster)
         failures = {**main.failures, **failures}
-        foreign: dict[str, PredictionStore] = {}
+        foreign: dict[str, dict[str, PredictionStore]] = {}
         for name, source in inputs.ood.items():
             unit = self.cluster if self.cluster in source.info.groups else None
             try:
-                done = self._one(source, only_clean, unit)
+                done = self._one(source, inputs.plan.on_foreign, unit)
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
                 logger.warning("OOD set %s failed: %s", name, error)
                 failures[f"ood:{name}"] = f"{type(error).__name__}: {error}"
                 continue
-            foreign[name] = replace(done.stores[CLEAN.key], labels=None)
+            foreign[name] = _unlabelled(done)
             failures |= {f"ood:{name}: {place}": text for place, text in done.failures.items()}
         return Predictions(main, val, foreign, failures)
 

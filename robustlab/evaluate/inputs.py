@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from corruptions.adversarial import DetectorAttack
 from robustlab.core.attack import Attack
 from robustlab.core.checks import check_images, check_labels
 from robustlab.core.detector import Detector
@@ -35,7 +36,7 @@ from robustlab.data.predictions import SavedPredictions
 
 from .executors import ProcessPool
 from .modelspec import ModelSpec
-from .plan import Plan, as_items, instance_hint, make_plan, resolve_attacks, resolve_shifts
+from .plan import Plan, Sweep, as_items, instance_hint, make_plan, resolve_attacks, resolve_shifts
 from .saved import saved_plan
 from .units import is_out_of_memory
 
@@ -202,11 +203,32 @@ def load_inputs(
         val=validation,
         training=training,
         ood=foreign,
-        plan=plan,
+        plan=_attackable(plan, wrapped, foreign),
         detectors=chosen,
         metrics=names,
         groups=tuple(groups),
     )
+
+
+def _attackable(plan: Plan, model: Model, foreign: Mapping[str, Source]) -> Plan:
+    """Return the plan without attacks on detectors that the model does not suit, and without hiding of nothing."""
+    skipped = list(plan.skipped)
+
+    def kept(sweeps: Sequence[Sweep]) -> tuple[Sweep, ...]:
+        found = []
+        for sweep in sweeps:
+            attack = sweep.shift
+            reason = attack.resolved().skip_reason(model) if isinstance(attack, DetectorAttack) else None
+            if sweep in plan.hiding and not foreign:
+                reason = "there is no OOD set whose images could hide (ood=)"
+            if reason is None:
+                found.append(sweep)
+            else:
+                skipped.append((sweep.conditions[0].label, reason))
+        return tuple(found)
+
+    sweeps, hiding = kept(plan.sweeps), kept(plan.hiding)
+    return dataclasses.replace(plan, sweeps=sweeps, hiding=hiding, skipped=tuple(skipped))
 
 
 def _device_of(executor: Executor | None, device: str | torch.device | None) -> str | torch.device | None:

@@ -149,9 +149,10 @@ def describe_source(source: Source, cluster: str | None) -> dict[str, Any]:
 
 
 def _conditions(plan: Plan) -> list[dict[str, Any]]:
-    described = {sweep.conditions[0].label: describe(sweep.shift) for sweep in plan.sweeps if sweep.conditions}
+    every = (*plan.sweeps, *plan.hiding)
+    described = {sweep.conditions[0].label: describe(sweep.shift) for sweep in every if sweep.conditions}
     out = []
-    for condition in plan.conditions:
+    for condition in (*plan.conditions, *plan.on_foreign.conditions[1:]):
         spec, fingerprint = described.get(condition.label, (None, ""))
         if condition in plan.derived:
             spec = {"type": "derived", "of": "the attack, for each sample, with the smallest margin"}
@@ -175,7 +176,7 @@ def threat_model(plan: Plan, source: Source) -> str | None:
     """Return one sentence on what the attacks may do, or None without attacks."""
     from robustlab.core.attack import Attack
 
-    attacks = [sweep.shift for sweep in plan.sweeps if isinstance(sweep.shift, Attack)]
+    attacks = [sweep.shift for sweep in (*plan.sweeps, *plan.hiding) if isinstance(sweep.shift, Attack)]
     if not attacks:
         return None
     spec = source.info.spec

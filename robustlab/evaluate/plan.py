@@ -16,7 +16,7 @@ from robustlab.core.shift import Shift
 from robustlab.core.spec import fingerprint, to_dict
 from robustlab.core.types import ImageSpec
 
-Kind = Literal["clean", "corruption", "attack", "ood"]
+Kind = Literal["clean", "corruption", "attack", "detector attack", "ood"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Sweep:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """All that will be run on the in-distribution data.
+    """All that will be run on a source.
 
     Args:
         sweeps: Shifts and attacks with their conditions.
@@ -62,17 +62,24 @@ class Plan:
         derived: Conditions that follow from the answers under others.
         thresholds: Probability at which each label of a multi-label task is decided, which attacks aim at; empty for
             one half.
+        hiding: Attacks by which foreign images hide from a detector, which are run on OOD sets alone.
     """
 
     sweeps: tuple[Sweep, ...]
     skipped: tuple[tuple[str, str], ...]
     derived: tuple[Condition, ...] = ()
     thresholds: tuple[float, ...] = ()
+    hiding: tuple[Sweep, ...] = ()
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
         """Clean first, then every condition of every sweep, and what follows from them."""
         return (CLEAN, *(condition for sweep in self.sweeps for condition in sweep.conditions), *self.derived)
+
+    @property
+    def on_foreign(self) -> Plan:
+        """What is run on OOD sets."""
+        return Plan(self.hiding, ())
 
 
 CLEAN = Condition(key="clean", kind="clean", label="clean")
@@ -178,6 +185,7 @@ def make_plan(
             "The clean row (severity 0) is always there.",
         )
     sweeps: list[Sweep] = []
+    hiding: list[Sweep] = []
     skipped: list[tuple[str, str]] = []
     taken: set[str] = set()
     for shift in (*shifts, *attacks):
@@ -190,8 +198,9 @@ def make_plan(
             label = _next_label(label)
         taken.add(label)
         points = [severity for severity, _ in shift.budgets] if isinstance(shift, Attack) else sorted(wanted)
-        sweeps.append(Sweep(shift, _telling(tuple(_condition(shift, label, severity, spec) for severity in points))))
-    return Plan(tuple(sweeps), tuple(skipped))
+        made = Sweep(shift, _telling(tuple(_condition(shift, label, severity, spec) for severity in points)))
+        (hiding if isinstance(shift, Attack) and shift.goal == "hide" else sweeps).append(made)
+    return Plan(tuple(sweeps), tuple(skipped), hiding=tuple(hiding))
 
 
 def _next_label(label: str) -> str:
@@ -215,7 +224,9 @@ def _condition(shift: Shift, label: str, severity: float, spec: ImageSpec) -> Co
     if isinstance(shift, Attack) and shift.norm == "linf":
         factor = spec.native(1.0) if shift.units == "unit" else 1.0
         amount, identity, unit = factor * amount, factor * identity, spec.unit
-    kind: Kind = "attack" if isinstance(shift, Attack) else "corruption"
+    kind: Kind = "corruption"
+    if isinstance(shift, Attack):
+        kind = "attack" if shift.goal == "answer" else "detector attack"
     return Condition(f"{label}@{severity:g}", kind, label, severity, amount, unit, parameters, identity)
 
 

@@ -21,6 +21,7 @@ from robustlab.metrics.base import (
     GroupMetric,
     MetricValue,
 )
+from robustlab.metrics.selective import ReferredShare
 from robustlab.metrics.stats import FEW_CLUSTERS, Proportion, paired_difference, worst_of
 from robustlab.metrics.store import PredictionStore
 from robustlab.report.rows import Row
@@ -208,7 +209,14 @@ def _corrected_n(estimate: Estimate, count: int) -> float:
 
 
 def absent_rows(
-    subject: Subject, metrics: Sequence[str] | None, rows: Sequence[Row], *, groups: bool, ood: bool, shifted: bool
+    subject: Subject,
+    metrics: Sequence[str] | None,
+    rows: Sequence[Row],
+    *,
+    groups: bool,
+    ood: bool,
+    shifted: bool,
+    attacked: bool,
 ) -> list[Row]:
     """Return a row with a reason for every metric that was asked for by name and has no row.
 
@@ -218,7 +226,8 @@ def absent_rows(
         rows: All other rows.
         groups: Whether group columns were named.
         ood: Whether OOD sets were passed.
-        shifted: Whether any shift was run.
+        shifted: Whether any corruption was run.
+        attacked: Whether any attack was run.
     """
     if metrics is None or len(metrics) == len(METRICS.names()):
         return []
@@ -226,7 +235,8 @@ def absent_rows(
     lacking = {
         "groups": "" if groups else "no_groups",
         "ood": "" if ood else "no_ood_set",
-        "conditions": "" if shifted else "no_conditions",
+        "conditions": "" if shifted or attacked else "no_conditions",
+        "attacks": "" if attacked else "no_attack",
     }
     found = []
     for name in metrics:
@@ -244,9 +254,53 @@ def ood_rows(
     clean: PredictionStore,
     context: Context,
     metrics: Sequence[str] | None,
+    condition: Condition = CLEAN,
 ) -> list[Row]:
-    """Return detection metrics of one OOD set against clean in-distribution data."""
+    """Return detection metrics of one OOD set against in-distribution data, one of them attacked under a condition."""
     against = Context(
         resampler=context.resampler, frozen=context.frozen, reference=clean, class_names=context.class_names
     )
-    return _rows(subject, CLEAN, compute(store, against, metrics), data=f"ID vs {name}")
+    return _rows(subject, condition, compute(store, against, metrics), data=f"ID vs {name}")
+
+
+def hiding_rows(
+    subject: Subject,
+    conditions: Sequence[Condition],
+    ood: Mapping[str, Mapping[str, PredictionStore]],
+    clean: PredictionStore,
+    context: Context,
+    metrics: Sequence[str] | None,
+) -> list[Row]:
+    """Return detection metrics of foreign images that hide, and the share of them that is still referred."""
+    rows: list[Row] = []
+    for name, stores in ood.items():
+        present = [condition for condition in conditions if condition.key in stores]
+        for condition in (CLEAN, *present) if present else ():
+            store = stores[condition.key]
+            if condition.key != CLEAN.key:
+                rows += ood_rows(subject, name, store, clean, context, metrics, condition)
+            rows += _rows(subject, condition, _referred(store, context, metrics), data=f"ID vs {name}")
+    return rows
+
+
+def alarm_rows(
+    subject: Subject,
+    conditions: Sequence[Condition],
+    stores: Mapping[str, PredictionStore],
+    ood: Mapping[str, Mapping[str, PredictionStore]],
+    context: Context,
+    metrics: Sequence[str] | None,
+) -> list[Row]:
+    """Return the referred share of attacked in-distribution images, and how they are told from every foreign set."""
+    rows: list[Row] = []
+    for condition in conditions:
+        if condition.key in stores:
+            store = stores[condition.key]
+            rows += _rows(subject, condition, _referred(store, context, metrics))
+            for name, foreign in ood.items():
+                rows += ood_rows(subject, name, foreign[CLEAN.key], store, context, metrics, condition)
+    return rows
+
+
+def _referred(store: PredictionStore, context: Context, metrics: Sequence[str] | None) -> list[MetricValue]:
+    return ReferredShare().compute(store, context) if metrics is None or ReferredShare.name in metrics else []

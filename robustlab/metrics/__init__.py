@@ -35,6 +35,7 @@ from .failure_threshold import Scale, failure_threshold
 from .forecasts import bin_index
 from .group_table import GroupRow, group_table
 from .groups import GroupDifference
+from .minimal_budget import Budgets, budgets_of
 from .ood import full_spectrum
 from .patients import aggregate_patients
 from .proper_scores import BrierDecomposition, brier_decomposition
@@ -77,6 +78,7 @@ from .uncertainty import (
 __all__ = [
     "AnyMetric",
     "BrierDecomposition",
+    "Budgets",
     "ConditionMetric",
     "ConditionStore",
     "Conditions",
@@ -101,6 +103,7 @@ __all__ = [
     "aggregate_patients",
     "bin_index",
     "brier_decomposition",
+    "budgets_of",
     "calibration_test",
     "compare_metric",
     "compute",

@@ -131,7 +131,7 @@ class AnyMetric(ABC):
     title: ClassVar[str] = ""
     direction: ClassVar[Direction] = "higher"
     default: ClassVar[bool] = False
-    on: ClassVar[Literal["labels", "ood", "groups", "conditions"]] = "labels"
+    on: ClassVar[Literal["labels", "ood", "groups", "conditions", "attacks"]] = "labels"
     from_answers: ClassVar[bool] = False
 
 

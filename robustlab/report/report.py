@@ -118,6 +118,22 @@ class Report:
 
         return pd.DataFrame([files.row_values(row) for row in self.rows], columns=list(files.COLUMNS))
 
+    def minimal_budgets(self) -> pd.DataFrame:
+        """Return the smallest tested budget at which each sample was made wrong, for every attack.
+
+        Columns: ``attack`` (of several that share budgets also the worst of them, sample by sample), ``sample`` (its
+        hashed id), ``unit`` of the budgets, ``holds_at`` the largest budget below at which the answer was right (NaN
+        where the clean answer is wrong), ``falls_at`` the smallest at which it was wrong (0 where the clean answer is,
+        NaN where it held at all of them). The smallest budget that fools lies between the two: attacks find bounds.
+
+        Needs the predictions, which ``save`` keeps.
+        """
+        import pandas as pd
+
+        from .budgets import minimal_budgets
+
+        return pd.DataFrame(minimal_budgets(self))
+
     def to_json(self) -> str:
         """Return rows and manifest as JSON text; NaN is null, and the row's reason says why."""
         return files.to_json(self.rows, self.manifest)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
-from . import group_views, views, words
+from . import detection_views, group_views, views, words
 from .report import Report
 from .rows import Row
 
 _WIDTH = 100
+
+_Item = TypeVar("_Item", detection_views.Duel, detection_views.Passed)
 
 
 def summary(report: Report) -> str:
@@ -29,6 +32,7 @@ def _blocks(report: Report) -> Iterable[list[str]]:
     yield list(_over(report))
     yield list(_trust(report))
     yield list(_ood(report))
+    yield list(_detection(report))
     yield list(_groups(report))
     yield list(_truth(report))
     doubts = [line for sentence in views.doubts(report) for line in _wrap(sentence, "- ")]
@@ -96,6 +100,29 @@ def _ood(report: Report) -> Iterable[str]:
     for line, row in lines:
         surer = "surer on these than on the data" if row.high < 0.5 else ""
         yield f"  {f'{line.name}, {line.scorer}'[:45]:<46}{words.estimate(row):<32}  n={row.n:,}  {surer}".rstrip()
+
+
+def _detection(report: Report) -> Iterable[str]:
+    duels, passed = _largest(detection_views.duels(report)), _largest(detection_views.passed(report))
+    if duels or passed:
+        yield "Attacks on the detectors at their largest budgets (95 % interval)"
+    for item in duels:
+        name = f"{item.condition.label}: {item.name}, {item.scorer}"
+        before = "" if item.clean is None else f"from {words.number('auroc-ood', item.clean.value)}"
+        yield f"  {name[:61]:<62}AUROC {words.estimate(item.attacked)} {before}".rstrip()
+    for share in passed:
+        name = f"{share.condition.label}: {share.name}"
+        before = "" if share.clean is None else f"from {words.number('referred-share', share.clean.value)}"
+        yield f"  {name[:61]:<62}referred {words.estimate(share.attacked)} {before}".rstrip()
+
+
+def _largest(items: Sequence[_Item]) -> list[_Item]:
+    """Leave all but the largest budget of each attack to the page."""
+    most: dict[str, float] = {}
+    for item in items:
+        shift, severity = item.condition.shift, item.condition.severity
+        most[shift] = max(severity, most.get(shift, 0.0))
+    return [item for item in items if item.condition.severity == most[item.condition.shift]]
 
 
 def _groups(report: Report) -> Iterable[str]:

@@ -292,7 +292,7 @@ def curves(report: Report) -> list[Curve]:
     )
     shifts: dict[str, list[Point]] = {}
     for condition in known.values():
-        if condition.kind not in ("clean", "ood"):
+        if condition.kind in ("corruption", "attack"):
             accuracy = pick(table, "accuracy", condition.shift, condition.severity)
             silent = pick(table, "silent-failure-rate", condition.shift, condition.severity)
             shifts.setdefault(condition.shift, []).append(Point(condition, accuracy, silent))
@@ -313,10 +313,10 @@ def curves(report: Report) -> list[Curve]:
 
 
 def ood(report: Report) -> list[OodLine]:
-    """Return detector results on the OOD sets, in the order of the rows."""
+    """Return detector results on the OOD sets as they are, in the order of the rows."""
     found: dict[tuple[str, str], dict[str, Row]] = {}
     for row in report.rows:
-        if is_ood(row):
+        if is_ood(row) and row.shift == "clean" and row.scorer:
             name = row.data.split(" vs ", 1)[-1]
             found.setdefault((name, row.scorer), {})[row.metric] = row
     return [OodLine(name, scorer, rows) for (name, scorer), rows in found.items()]
@@ -324,7 +324,7 @@ def ood(report: Report) -> list[OodLine]:
 
 def ood_metrics(report: Report) -> list[str]:
     """Return the OOD metrics that were computed, AUROC first."""
-    names = dict.fromkeys(row.metric for row in report.rows if is_ood(row))
+    names = dict.fromkeys(row.metric for row in report.rows if is_ood(row) and row.shift == "clean" and row.scorer)
     return sorted(names, key=lambda name: name != "auroc-ood")
 
 

@@ -47,6 +47,7 @@ _REASONS = {
     "no_groups": "no groups= were named",
     "no_ood_set": "no ood= was passed",
     "no_conditions": "no shift was tested",
+    "no_attack": "no attack was run",
 }
 
 
@@ -114,12 +115,12 @@ def amount(value: float, unit: str, kind: str) -> str:
     """Return a physical amount, e.g. "60 photons", for attacks "eps 4 grey levels"; empty where there is none."""
     if math.isnan(value):
         return ""
-    if kind == "attack" and unit.startswith("linf") and "[0, 1]" in unit:
+    if kind.endswith("attack") and unit.startswith("linf") and "[0, 1]" in unit:
         levels = 255 * value
         near = abs(levels - round(levels)) < 1e-6 and round(levels) > 0
         return f"eps {round(levels)}/255" if near else f"eps {value:.3g}"
     text = f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-    if kind == "attack":
+    if kind.endswith("attack"):
         return f"eps {text}" if "[0, 1]" in unit else f"eps {text} {unit}{'' if text == '1' else 's'}"
     return f"{text} {unit}".strip()
 

@@ -17,12 +17,12 @@ def quick(name, **fields):
 
 
 def for_three_classes(norm=None):
-    """Return the names of attacks on models with three classes, of a norm if one is given."""
+    """Return the names of attacks on the answers of models with three classes, of a norm if one is given."""
     return [name for name in ATTACKS.names() if _applies(ATTACKS.get(name), norm)]
 
 
 def _applies(kind, norm):
-    if norm is not None and norm not in kind.norms:
+    if kind.goal != "answer" or (norm is not None and norm not in kind.norms):
         return False
     if not issubclass(kind, Ensemble):
         return True

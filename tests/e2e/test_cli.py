@@ -177,6 +177,14 @@ def test_attack_writes_a_report_with_a_checklist(folder):
     wrong = robustlab("attack", *arguments, "--eps", "one", cwd=folder)
     assert wrong.returncode == 2
     assert "budgets, comma-separated" in wrong.stderr
+    hidden = robustlab("attack", *arguments[:-1], "hidden", "--goal", "hide", "--detector", "energy", "--eps", "8/255",
+                       "--ood", "far/same=data.npz", "--json", cwd=folder)  # fmt: skip
+    assert hidden.returncode == 0, hidden.stderr
+    scores = {row["scorer"] for row in rows_in(hidden.stdout) if row["shift"] == "hide-energy-linf"}
+    assert scores == {"msp", "energy", ""}
+    nothing = robustlab("attack", *arguments, "--goal", "hide", "--eps", "8/255", cwd=folder)
+    assert nothing.returncode == 2
+    assert "--ood far/photos=photos.npz" in nothing.stderr
     odd = robustlab("attack", *arguments, "--eps", "1/255", "--task", "two", cwd=folder)
     assert odd.returncode == 2
     assert "--task binary, multiclass or multilabel" in odd.stderr

@@ -14,7 +14,7 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from robustlab.report import group_views, views, words
+from robustlab.report import detection_views, group_views, views, words
 from robustlab.report.rows import Row
 
 from . import svg
@@ -105,6 +105,8 @@ def _context(report: Report) -> dict[str, Any]:
         "attacks": attacks,
         "trust": views.trust(report),
         "attack_drops": [item for item in drops if item.condition.kind == "attack"],
+        "duels": detection_views.duels(report),
+        "passed": detection_views.passed(report),
         "chance": _chance(data),
         "reliability": _reliability(report, bad),
         "ood": views.ood(report),

@@ -288,8 +288,13 @@ def test_metrics_that_were_asked_for_and_have_no_row_say_why():
 def test_the_default_set_and_one_more():
     report = evaluate(metrics=("default", "nll", "accuracy"))
     plain = evaluate()
-    assert {row.metric for row in report.rows} == {row.metric for row in plain.rows} | {"nll", "auroc-ood"}
+    assert {row.metric for row in report.rows} == {row.metric for row in plain.rows} | {
+        "nll",
+        "auroc-ood",
+        "minimal-budget",
+    }
     assert report.value("auroc-ood").reason == "no_ood_set"
+    assert report.value("minimal-budget").reason == "no_attack"
     with pytest.raises(KindError, match="metrics as"):
         evaluate(metrics=[3])
     with pytest.raises(UnknownNameError):

@@ -140,3 +140,25 @@ def test_a_report_on_several_labels_attacks_at_its_frozen_thresholds():
     assert moved[~wrong(clean)].all(), "what is right at its thresholds is attacked, also where one half calls it wrong"
     parts = [wrong(report.predictions[key]) for key in ("pgd-linf@5", "fgsm-linf@5")]
     assert torch.equal(wrong(report.predictions["worst attack linf@5"]), parts[0] | parts[1])
+
+
+def test_smallest_budget_of_every_sample(report, tmp_path):
+    table = report.minimal_budgets()
+    clean = report.predictions["clean"]
+    assert set(table["attack"]) == {"fgsm-linf", "pgd-linf", "apgd-margin-linf", "worst attack linf"}
+    part = table[table["attack"] == "worst attack linf"]
+    assert part["sample"].tolist() == clean.keys.tolist()
+    for index, (low, high) in enumerate(zip(part["holds_at"], part["falls_at"], strict=True)):
+        answers = [right(clean)[index].item()]
+        answers += [right(report.predictions[f"worst attack linf@{severity}"])[index].item() for severity in (2.5, 5)]
+        steps = [0.0, *(255 * level for level in LEVELS)]
+        first = next((place for place, ok in enumerate(answers) if not ok), None)
+        assert (np.isnan(high) and first is None) or high == pytest.approx(steps[first])
+        below = len(steps) - 1 if first is None else first - 1
+        assert (np.isnan(low) and first == 0) or low == pytest.approx(steps[below])
+    row = report.value("minimal-budget", "worst attack linf")
+    falls = part["falls_at"].fillna(np.inf).to_numpy()
+    assert row.value == pytest.approx(np.sort(falls)[int(np.ceil(len(falls) / 2)) - 1])
+    report.save(tmp_path)
+    assert robustlab.Report.load(tmp_path).minimal_budgets().equals(table)
+    assert len(robustlab.Report.from_json(report.to_json()).minimal_budgets()) == 0
