@@ -227,7 +227,7 @@ class Conditions:
 class ConditionMetric(AnyMetric):
     """A metric of one model over several conditions."""
 
-    on = "conditions"
+    on: ClassVar[Literal["conditions", "attacks"]] = "conditions"  # or only on those of attacks
 
     @abstractmethod
     def compute(self, conditions: Conditions, context: Context) -> list[MetricValue]:
