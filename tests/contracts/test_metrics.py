@@ -281,7 +281,7 @@ def sane(name, estimates, made, *, clusters):
             ends = math.isnan(item.low) + math.isnan(item.high)
             assert ends == 2 or (name in ONE_END and ends == 1), told
         elif name in ONE_END and item.reason == "open_interval":
-            assert math.isnan(item.low) + math.isnan(item.high) == 1, told
+            assert math.isnan(item.low) or math.isnan(item.high), told
         elif not math.isnan(item.low):
             assert low <= item.low <= item.high <= high, told
             if name not in POINT_OUTSIDE:
