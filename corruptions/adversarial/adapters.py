@@ -117,7 +117,7 @@ class _Foreign(Search):
             raise ConfigError(self.label, "a model with one class an image", "several labels", "Use PGD or APGD.")
         if start is not None:
             oracle.forward(start, rows)
-        rows = rows[oracle.margin[rows] >= 0]
+        rows = oracle.open(rows)
         if not len(rows):
             return
         network = _Network(oracle.model, oracle.batch.select(rows))

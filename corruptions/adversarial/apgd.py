@@ -74,7 +74,7 @@ class APGD(Stepped):
         loss = loss_named(self.loss, oracle.model.task, oracle.num_classes, "APGD")
         for restart in range(self.restarts):
             if restart and stop:
-                rows = rows[oracle.margin[rows] >= 0]
+                rows = oracle.open(rows)
             if not len(rows):
                 return
             first = start if start is not None and restart == 0 else started(oracle, rows, rng.child(restart))
@@ -131,7 +131,7 @@ def aims(
     for place in range(min(most, ranked.shape[1])):
         for restart in range(restarts):
             if stop:
-                left = oracle.margin[rows] >= 0
+                left = ~oracle.wrong(rows)
                 rows, ranked = rows[left], ranked[left]
             if not len(rows):
                 return
@@ -245,7 +245,7 @@ class Climb:
             self._drop()
 
     def _drop(self) -> None:
-        left = (self.oracle.margin[self.rows] >= 0).nonzero().squeeze(1)
+        left = (~self.oracle.wrong(self.rows)).nonzero().squeeze(1)
         if len(left) == len(self.rows):
             return
         for name in ("rows", "targets", "images", "before", "gradient", "best", "best_images", "best_gradient",

@@ -140,7 +140,7 @@ class Search(Attack):
             )
             oracle.begin()
             if eps > 0:
-                rows = oracle.open() if stop else oracle.all
+                rows = oracle.open(oracle.all) if stop else oracle.all
                 if start is not None:
                     start = oracle.project(start.detach().to(clean.images.dtype)[rows], rows)
                 if len(rows):

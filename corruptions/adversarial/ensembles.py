@@ -52,7 +52,7 @@ class Ensemble(Search):
     def search(self, oracle: Oracle, rng: SampleRng, rows: Tensor, start: Tensor | None, *, stop: bool) -> None:
         del start, stop
         for place, attack in enumerate(self.attacks(oracle.num_classes, oracle.model.task), start=1):
-            rows = rows[oracle.margin[rows] >= 0]
+            rows = oracle.open(rows)
             if not len(rows):
                 return
             oracle.stage = place

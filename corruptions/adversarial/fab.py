@@ -212,7 +212,7 @@ class Approach:
         if not len(near):
             return
         self._show(self.nearest[near], self.rows[near])
-        left = (self.oracle.margin[self.rows] >= 0).nonzero().squeeze(1)
+        left = (~self.oracle.wrong(self.rows)).nonzero().squeeze(1)
         for name in ("rows", "targets", "images", "clean", "nearest", "distance"):
             setattr(self, name, getattr(self, name)[left])
 

@@ -112,6 +112,9 @@ def targeted_dlr(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
     return -(own - aim) / (ranked[:, -1] - 0.5 * (ranked[:, -3] + ranked[:, -4]) + _TINY)
 
 
+_LEAST = 1e-300  # a threshold of 0 would be infinitely far away
+
+
 def decided_at(logits: Tensor, thresholds: tuple[float, ...]) -> Tensor:
     """Return logits (N, L) moved so that each label is decided where its logit crosses 0.
 
@@ -121,7 +124,7 @@ def decided_at(logits: Tensor, thresholds: tuple[float, ...]) -> Tensor:
     """
     if not thresholds:
         return logits
-    return logits - torch.tensor(thresholds, dtype=torch.float64).logit(1e-9).to(logits.device, logits.dtype)
+    return logits - torch.tensor(thresholds, dtype=torch.float64).logit(_LEAST).to(logits.device, logits.dtype)
 
 
 def loss_named(name: LossName, task: Task, num_classes: int, who: str) -> Callable[[Tensor, Tensor, Task], Tensor]:

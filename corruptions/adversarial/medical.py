@@ -90,7 +90,7 @@ class ParameterAttack(Search):
         for point in grid:
             self._look(oracle, rows, point.expand(len(rows), -1), best)
         if stop:
-            rows = rows[oracle.margin[rows] >= 0]
+            rows = oracle.open(rows)
         if len(rows):
             self._climb(oracle, rows, best)
         oracle.parameters = self.named(best, oracle.eps)

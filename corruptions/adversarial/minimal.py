@@ -114,7 +114,7 @@ class _Minimal(Search):
             oracle.begin()
             images = clean.images.clone()
             distance = torch.zeros_like(oracle.margin)
-            rows = oracle.open()
+            rows = (oracle.margin >= 0).nonzero().squeeze(1)
             if len(rows):
                 path = self._walk(oracle, rows, None, within=None)
                 images[rows], distance[rows] = path.nearest(images[rows]), path.distance

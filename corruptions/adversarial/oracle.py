@@ -84,19 +84,23 @@ class Oracle:
         logits = self.forward(self.clean, self.all)
         self.num_classes = logits.shape[1]
         if self.objective is None:
-            self.settled = self.margin < 0
+            self.settled = self.wrong(self.all)
         else:
             self.at_first = self.margin.masked_fill(~self.seen, 0.0)
             self.margin = torch.full_like(self.margin, torch.inf).masked_fill(self.seen, 0.0)
             self.found_by.fill_(-1)
 
-    def open(self) -> Tensor:
-        """Return the places, int64, of samples that are not yet wrong; this waits for the device."""
-        return (self.margin >= 0).nonzero().squeeze(1)
+    def wrong(self, rows: Tensor) -> Tensor:
+        """Return which samples are wrong already, bool (n,); none of a random model, which only fresh draws can tell."""
+        return (self.margin[rows] < 0) & (self.draws == 1)
+
+    def open(self, rows: Tensor) -> Tensor:
+        """Return those of the samples at ``rows``, int64, that are not yet wrong; this waits for the device."""
+        return rows[~self.wrong(rows)]
 
     def stored(self, images: Tensor, rows: Tensor) -> Tensor:
         """Return images as a source of this bit depth would store them."""
-        return stored(images.detach(), self.clean[rows], self.spec, self.norm).detach()
+        return stored(images.detach(), self.clean[rows], self.spec, self.norm, self.eps).detach()
 
     def project(self, images: Tensor, rows: Tensor) -> Tensor:
         """Return images moved inside the mask, the ball and the box."""
@@ -188,7 +192,7 @@ class Oracle:
         for _ in range(self.draws):
             logits = self._logits(images, rows)
             values = loss(logits, self.labels[rows], self.model.task)
-            slope = slope + self._slope(values, images)
+            slope = slope + _slope(values, images, self.model.model_name)
             total = total + values.detach()
             drawn.append(logits.detach())
         if self.draws > 1:
@@ -197,19 +201,6 @@ class Oracle:
         if self.mask is not None:
             slope = slope * self.mask[rows]
         return total, slope, drawn, images.detach()
-
-    def _slope(self, values: Tensor, images: Tensor) -> Tensor:
-        slope = None
-        if values.requires_grad:
-            (slope,) = torch.autograd.grad(values.sum(), images, allow_unused=True)
-        if slope is None:
-            raise ModelError(
-                f"attack on {self.model.model_name}",
-                "a model through which gradients reach the input",
-                "an output that does not depend on the input for autograd",
-                "Remove torch.no_grad() and .detach() from the forward pass, or leave gradient attacks out.",
-            )
-        return slope
 
     def _look(self, drawn: list[Tensor], images: Tensor, rows: Tensor) -> Tensor:
         """Keep the images whose margin, the mean over the draws, is the smallest so far; return the margins."""
@@ -227,3 +218,17 @@ class Oracle:
 
 def _mean(drawn: list[Tensor]) -> Tensor:
     return drawn[0] if len(drawn) == 1 else torch.stack(drawn).mean(0)
+
+
+def _slope(values: Tensor, images: Tensor, name: str) -> Tensor:
+    slope = None
+    if values.requires_grad:
+        (slope,) = torch.autograd.grad(values.sum(), images, allow_unused=True)
+    if slope is None:
+        raise ModelError(
+            f"attack on {name}",
+            "a model through which gradients reach the input",
+            "an output that does not depend on the input for autograd",
+            "Remove torch.no_grad() and .detach() from the forward pass, or leave gradient attacks out.",
+        )
+    return slope

@@ -73,7 +73,7 @@ class PGD(Search):
         alpha = self.step_size * oracle.eps / self.steps
         for restart in range(self.restarts):
             if restart and stop:
-                rows = rows[oracle.margin[rows] >= 0]
+                rows = oracle.open(rows)
             if not len(rows):
                 return
             if start is not None and restart == 0:
@@ -90,7 +90,7 @@ def climb(oracle: Oracle, rows: Tensor, images: Tensor, *, steps: int, alpha: fl
     """
     for step in range(steps):
         if stop and step % _LOOK_AROUND == 0 and step:
-            left = (oracle.margin[rows] >= 0).nonzero().squeeze(1)
+            left = (~oracle.wrong(rows)).nonzero().squeeze(1)
             rows, images = rows[left], images[left]
             if not len(rows):
                 return images

@@ -131,7 +131,7 @@ class _Walk(ABC):
 
     def drop(self) -> None:
         """Leave samples alone that are wrong; this waits for the device."""
-        left = (self.oracle.margin[self.rows] >= 0).nonzero().squeeze(1)
+        left = (~self.oracle.wrong(self.rows)).nonzero().squeeze(1)
         if len(left) < len(self.rows):
             for name in self.state:
                 setattr(self, name, getattr(self, name)[left])

@@ -166,7 +166,10 @@ class Attack(Shift):
         eps = self.budget(self.eps_at(severity), ctx.spec)
         result = self.run(batch, ctx, eps=eps)
         inside = project(result.images, batch.images, eps, self.norm)
-        return batch.replace(stored(inside, batch.images, ctx.spec, self.norm))
+        return batch.replace(stored(inside, batch.images, ctx.spec, self.norm, eps))
+
+
+_HALVINGS = 8
 
 
 def project(images: Tensor, clean: Tensor, eps: float, norm: Norm) -> Tensor:
@@ -177,8 +180,7 @@ def project(images: Tensor, clean: Tensor, eps: float, norm: Norm) -> Tensor:
     if norm == "linf":
         delta = delta.clamp(-eps, eps)
     else:
-        length = delta.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
-        delta = delta * (eps / length).clamp_max(1.0)
+        delta = delta * (eps / _length(delta).clamp_min(1e-12)).clamp_max(1.0).to(delta.dtype)
     return (clean + delta).clamp(0, 1)
 
 
@@ -192,6 +194,40 @@ def round_toward(images: Tensor, clean: Tensor, spec: ImageSpec | None) -> Tenso
     return (base + steps).clamp_(0, float((1 << spec.bits) - 1)).div_(top)
 
 
+def _length(delta: Tensor) -> Tensor:
+    """Return float64 (N, 1, 1, 1): sums of 100,000 float32 squares are off by more than one part in a million."""
+    length: Tensor = delta.flatten(1).to(torch.float64).norm(dim=1)
+    return length.view(-1, 1, 1, 1)
+
+
+def round_inside(images: Tensor, clean: Tensor, spec: ImageSpec | None, eps: float) -> Tensor:
+    """Round to the nearest levels of the source that leave the change no longer than ``eps``, or than it is.
+
+    A small change of many pixels is mostly below half a level, or below one: rounding every pixel toward the clean
+    image would undo it, so all are rounded to the nearest level, of a change that is shortened just enough.
+    """
+    if spec is None or spec.bits is None:
+        return images
+    delta = images - clean
+    # what lies outside the ball already keeps its own length
+    room = _length(delta).clamp_min(eps) * (1 + 1e-6)
+    low = torch.zeros_like(_length(delta))
+    high = torch.ones_like(low)
+    best = round_nearest(images, spec)
+    fits = _length(best - clean) <= room
+    low = torch.where(fits, high, low)
+    best = torch.where(fits, best, round_nearest(clean, spec))
+    for _ in range(_HALVINGS):
+        # the length rises with the share, as every pixel's distance from its clean level does
+        share = (low + high) / 2
+        tried = round_nearest(clean + share.to(delta.dtype) * delta, spec)
+        inside = _length(tried - clean) <= room
+        better = inside & (share > low)
+        low, high = torch.where(better, share, low), torch.where(inside, high, share)
+        best = torch.where(better, tried, best)
+    return best
+
+
 def round_nearest(images: Tensor, spec: ImageSpec | None) -> Tensor:
     """Round to the source's bit depth (half to even), in the images' own floating point type."""
     if spec is None or spec.bits is None:
@@ -200,6 +236,8 @@ def round_nearest(images: Tensor, spec: ImageSpec | None) -> Tensor:
     return torch.round(images * top).clamp_(0, float((1 << spec.bits) - 1)).div_(top)
 
 
-def stored(images: Tensor, clean: Tensor, spec: ImageSpec | None, norm: Norm) -> Tensor:
+def stored(images: Tensor, clean: Tensor, spec: ImageSpec | None, norm: Norm, eps: float) -> Tensor:
     """Return images as a source of this bit depth would store them, without leaving the threat model."""
-    return round_nearest(images, spec) if norm == "parameters" else round_toward(images, clean, spec)
+    if norm == "parameters":
+        return round_nearest(images, spec)
+    return round_toward(images, clean, spec) if norm == "linf" else round_inside(images, clean, spec, eps)

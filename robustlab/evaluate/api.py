@@ -21,7 +21,7 @@ from robustlab.metrics.store import PredictionStore
 from robustlab.report.report import Picture, Report
 from robustlab.report.rows import Row
 
-from .checklist import checklists
+from .checklist import check_trust, checklists
 from .engine import Predictions, aimed, predict_all
 from .gallery import make_gallery
 from .inputs import Inputs, check_numbers, check_places, class_names_of, load_inputs
@@ -117,6 +117,7 @@ def evaluate_under_shift(
         {"seed": seed, "replicates": replicates, "batch_size": batch_size},
     )
     check_places(cache, executor)
+    check_trust(trust)
     inputs = load_inputs(
         model,
         data,
@@ -140,7 +141,10 @@ def evaluate_under_shift(
     predictions, chunk = predict_all(
         inputs, preflight, executor, seed=seed, cluster=cluster, batch_size=batch_size, progress=progress
     )
-    plan, stores = with_worst_attacks(aimed(inputs.plan, predictions.val), predictions.main.stores)
+    plan, stores = aimed(inputs.plan, predictions.val), predictions.main.stores
+    steady = preflight.capabilities.deterministic
+    if steady:  # of single passes of a random model, the worst counts lucky draws
+        plan, stores = with_worst_attacks(plan, stores, inputs.source.info.spec)
     inputs = replace(inputs, plan=plan)
     predictions = replace(predictions, main=replace(predictions.main, stores=stores))
 
@@ -153,12 +157,12 @@ def evaluate_under_shift(
     context = Context(
         resampler=Resampler(seed=seed, replicates=replicates), frozen=frozen, class_names=class_names_of(inputs)
     )
-    rows = _score(inputs, predictions, context, plausible)
+    rows = _score(inputs, predictions, context, plausible, steady=steady)
     manifest = make_manifest(
         model=inputs.model,
         capabilities=preflight.capabilities,
         diagnosis=preflight.diagnosis,
-        notes=_notes(inputs, predictions),
+        notes=[*_notes(inputs, predictions), *([] if steady else _on_random_models(inputs))],
         source=inputs.source,
         val=inputs.val,
         ood=inputs.ood,
@@ -202,6 +206,16 @@ def _foreign(predictions: Predictions) -> dict[str, PredictionStore]:
     }
 
 
+def _on_random_models(inputs: Inputs) -> list[str]:
+    """Return what a report on attacks says where the model is random."""
+    if all(condition.kind != "attack" for condition in inputs.plan.conditions):
+        return []
+    return [
+        "Random answers under attack: every condition is one pass, so a row counts lucky draws of the model, and the "
+        "worst of several attacks and smallest budgets are left out; judge what an attack found on fresh draws."
+    ]
+
+
 def _notes(inputs: Inputs, predictions: Predictions) -> list[str]:
     """Return what a report on saved predictions has to say about them."""
     if not isinstance(inputs.model, SavedPredictions):
@@ -210,7 +224,7 @@ def _notes(inputs: Inputs, predictions: Predictions) -> list[str]:
     return [*unparsed_sentences(predictions.main.stores), *notes]
 
 
-def _score(inputs: Inputs, predictions: Predictions, context: Context, plausible: float) -> list[Row]:
+def _score(inputs: Inputs, predictions: Predictions, context: Context, plausible: float, *, steady: bool) -> list[Row]:
     stores = predictions.main.stores
     clean = stores[CLEAN.key]
     subject = Subject(inputs.model.model_name, inputs.source.info.name)
@@ -225,7 +239,7 @@ def _score(inputs: Inputs, predictions: Predictions, context: Context, plausible
     rows += worst_rows(subject, likely, stores, context, "worst plausible")
     rows += worst_rows(subject, shifted, stores, context, "worst")
     attacked = [condition for condition in inputs.plan.conditions if condition.kind == "attack"]
-    rows += summary_rows(subject, [*shifted, *attacked], stores, context, inputs.metrics)
+    rows += summary_rows(subject, shifted, attacked if steady else [], stores, context, inputs.metrics)
     for name, foreign in predictions.ood.items():
         rows += ood_rows(subject, name, foreign[CLEAN.key], clean, context, inputs.metrics)
     hiding = inputs.plan.on_foreign.conditions[1:]

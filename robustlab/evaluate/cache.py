@@ -33,9 +33,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from corruptions.adversarial import DetectorAttack
 from robustlab import __version__
 from robustlab.core.attack import Attack
 from robustlab.core.corruption import Corruption
+from robustlab.core.detector import Detector
 from robustlab.core.errors import ConfigError, DataFileError, KindError
 from robustlab.core.identity import code_identity, is_library_code, model_identity
 from robustlab.core.model import Model
@@ -390,7 +392,8 @@ def shift_identity(shift: Shift) -> str | None:
         text = canonical_json(shift)
     except KindError:
         return None
-    return _hash(text, *(f"{code_identity(type(part))} {part.version}" for part in tree))
+    parts: list[Shift | Detector] = [*tree, *(part.resolved() for part in tree if isinstance(part, DetectorAttack))]
+    return _hash(text, *(f"{code_identity(type(part))} {part.version}" for part in parts))
 
 
 def _tree(shift: Shift) -> Iterator[Shift]:

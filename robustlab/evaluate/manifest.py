@@ -172,6 +172,29 @@ def _conditions(plan: Plan) -> list[dict[str, Any]]:
     return out
 
 
+def _without_effect(plan: Plan, spec: ImageSpec) -> list[str]:
+    """Return sentences about budgets below one level of the stored images, within which no pixel can change."""
+    from robustlab.core.attack import Attack
+
+    found = []
+    for sweep in (*plan.sweeps, *plan.hiding):
+        attack = sweep.shift
+        if isinstance(attack, Attack) and attack.norm == "linf" and spec.bits is not None:
+            level = 1 / ((1 << spec.bits) - 1)
+            small = [
+                item
+                for item in sweep.conditions
+                if attack.budget(attack.eps_at(item.severity), spec) < level * (1 - 1e-6)
+            ]
+            if small:
+                amounts = ", ".join(f"{item.amount:.3g}" for item in small)
+                found.append(
+                    f"{sweep.conditions[0].label} at {amounts} {spec.unit}s: less than one level of the stored images, "
+                    "so no pixel could change; load them as floating point numbers to search finer."
+                )
+    return found
+
+
 def threat_model(plan: Plan, source: Source) -> str | None:
     """Return one sentence on what the attacks may do, or None without attacks."""
     from robustlab.core.attack import Attack
@@ -234,7 +257,7 @@ def not_tested(
     if val is None:
         out.append("Silent failures and fixed operating points: no validation data was given (val=).")
     if "attack" not in kinds:
-        out.append("Adversarial inputs: no attack was run (attacks=).")
+        out.append("Adversarial inputs: no attack on the answers was run (attacks=).")
     else:
         run = [sweep.shift.name for sweep in plan.sweeps if sweep.conditions[0].kind == "attack"]
         if not any(name.startswith("aa-") or name == "auto-attack" for name in run):
@@ -251,6 +274,7 @@ def not_tested(
         out.append("Differences between groups such as sex or site: no columns were named (groups=).")
     if cluster is None:
         out.append("Several images of one patient: images are taken as independent (cluster=).")
+    out += _without_effect(plan, spec)
     out += [f"{what}: {why}." for what, why in plan.skipped]
     out += [f"{name}: failed, see failures." for name in failures]
     sides = {side for sweep in plan.sweeps if (side := getattr(sweep.shift, "made_for", 0))}

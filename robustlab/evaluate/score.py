@@ -166,19 +166,27 @@ def worst_rows(
 
 def summary_rows(
     subject: Subject,
-    conditions: Sequence[Condition],
+    shifted: Sequence[Condition],
+    attacked: Sequence[Condition],
     stores: Mapping[str, PredictionStore],
     context: Context,
     metrics: Sequence[str] | None,
 ) -> list[Row]:
-    """Return the rows of metrics over several conditions: one a shift, or one under the label "all shifts"."""
+    """Return the rows of metrics over several conditions: one a shift, or one under the label "all shifts".
+
+    Numbers over all shifts are of the corruptions: an attack is a shift of another kind, and the worst of several is
+    none of its own.
+    """
     chosen = [item() for item in chosen_metrics(metrics) if issubclass(item, ConditionMetric)]
-    present = [condition for condition in conditions if condition.key in stores]
-    if not chosen or not present or stores[CLEAN.key].labels is None:
+    if not chosen or stores[CLEAN.key].labels is None:
         return []
-    kinds: dict[str, Kind] = {condition.label: condition.kind for condition in present}
     rows: list[Row] = []
     for metric in chosen:
+        wanted = [*shifted, *attacked] if metric.each_shift else shifted
+        present = [condition for condition in wanted if condition.key in stores]
+        if not present:
+            continue
+        kinds: dict[str, Kind] = {condition.label: condition.kind for condition in present}
         # copies: what a store derives and keeps goes with the metric
         over = Conditions(
             replace(stores[CLEAN.key]),

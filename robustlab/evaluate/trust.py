@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from corruptions.adversarial.base import attacking
-from corruptions.adversarial.losses import margin
-from robustlab.core.attack import Norm, project, round_toward
+from corruptions.adversarial.losses import decided_at, margin
+from robustlab.core.attack import Norm, project, stored
 from robustlab.core.checks import check_images, check_labels, check_seed
 from robustlab.core.errors import ConfigError, KindError, RangeError
 from robustlab.core.model import Model
@@ -34,7 +34,7 @@ from robustlab.metrics.stats import mcnemar
 from robustlab.train.seeding import scoped_seed
 
 from . import trust_checks as probes
-from .trust_checks import CHUNK, FEW, REFUSALS, STEPS, Run, Status, Subject, Verdict, first_line, share
+from .trust_checks import CHUNK, FEW, REFUSALS, STEPS, Run, Status, Subject, Verdict, first_line, majority, share
 
 _ALPHA = 0.05
 _LOSS_STEPS = 30
@@ -82,6 +82,8 @@ def trust_checks(
     spec: ImageSpec | None = None,
     seed: int = 0,
     limit: int = 256,
+    thresholds: tuple[float, ...] = (),
+    draws: int = 1,
 ) -> tuple[TrustCheck, ...]:
     """Return the checklist for attacks on a model in a threat model.
 
@@ -96,6 +98,8 @@ def trust_checks(
         spec: What the pixel values mean; attacked images are then rounded to the source's bits, as in an evaluation.
         seed: Of the attacks and of the probes' noise.
         limit: Right samples that are used at most.
+        thresholds: Probability at which each label of a multi-label task is decided; empty for one half.
+        draws: Forward passes a look, for models that are random.
 
     Raises:
         KindError: ``model`` is none, or the images are not floating point.
@@ -110,8 +114,18 @@ def trust_checks(
     with scoped_seed("trust", seed):  # a random model reads torch's generators
         logits = torch.cat([model.predict(batch.select(part)).logits for part in torch.split(every, CHUNK)])
     check_labels(labels, task=model.task, num_classes=logits.shape[1], count=len(batch), who="trust_checks")
+    logits = decided_at(logits, thresholds if model.task == "multilabel" else ())
     right = margin(logits, labels, model.task) > 0
-    subject = Subject(model, batch.select(every[right][:limit]), norm=norm, eps=eps, spec=spec, seed=seed)
+    subject = Subject(
+        model,
+        batch.select(every[right][:limit]),
+        norm=norm,
+        eps=eps,
+        spec=spec,
+        seed=seed,
+        thresholds=thresholds if model.task == "multilabel" else (),
+        draws=draws,
+    )
     return (
         _named(("clean-accuracy", "Is clean accuracy stated?"), _clean(logits, labels, right)),
         _named(("threat-model", "Is the threat model stated?"), _threat(subject, len(batch))),
@@ -305,14 +319,14 @@ def budget_monotone(s: Subject) -> Verdict:
 
 def huge_budget(s: Subject) -> Verdict:
     """Where all images can become one grey image, accuracy is at most the share of the most frequent class."""
-    if s.majority == s.n:
+    if majority(s) == s.n:
         return Verdict("skipped", f"All {s.n} samples have the same label, which a constant answer gets right.")
     right = s.n - s.pgd(eps=max(s.half, s.eps)).fooled
     text = (
         f"At half the box ({s.budget(max(s.half, s.eps))}), where every image can become the same grey one, PGD leaves "
-        f"{s.share(right)} right; the most frequent class is {s.share(s.majority)}."
+        f"{s.share(right)} right; the most frequent class is {s.share(majority(s))}."
     )
-    return Verdict("failed" if right > s.majority else "passed", text, right / s.n)
+    return Verdict("failed" if right > majority(s) else "passed", text, right / s.n)
 
 
 def full_success(s: Subject) -> Verdict:
@@ -369,9 +383,9 @@ def _noise(s: Subject, rows: Tensor) -> Tensor:
             delta = delta / delta.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
         many = few.select(torch.arange(len(rows), device=rows.device).repeat(len(draws)))
         images = project(many.images + s.eps * delta.to(many.images.dtype), many.images, s.eps, s.norm)
-        many = many.replace(round_toward(images, many.images, s.spec))
+        many = many.replace(stored(images, many.images, s.spec, s.norm, s.eps))
         with attacking(s.model, s.seed, many) as (view, clean), torch.no_grad():
-            logits = view.outputs(clean).logits
+            logits = decided_at(view.outputs(clean).logits, s.thresholds)
         assert many.labels is not None  # noqa: S101 - for the type checkers
         wrong = margin(logits, many.labels, s.model.task) < 0
         broken |= wrong.view(len(draws), -1).any(0)

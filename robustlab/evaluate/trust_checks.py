@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from corruptions.adversarial.base import attacking
-from corruptions.adversarial.losses import margin
+from corruptions.adversarial.losses import decided_at, margin
 from robustlab.core.attack import Norm
 from robustlab.core.errors import ModelError
 from robustlab.core.model import Model
@@ -76,10 +76,21 @@ class Subject:
         eps: Budget on the [0, 1] scale.
         spec: What the pixel values mean, or None.
         seed: Of the attacks and probes.
+        thresholds: Probability at which each label is decided; empty for one half.
+        draws: Forward passes a look.
     """
 
     def __init__(
-        self, model: Model, batch: Batch, *, norm: Norm, eps: float, spec: ImageSpec | None, seed: int
+        self,
+        model: Model,
+        batch: Batch,
+        *,
+        norm: Norm,
+        eps: float,
+        spec: ImageSpec | None,
+        seed: int,
+        thresholds: tuple[float, ...] = (),
+        draws: int = 1,
     ) -> None:
         assert batch.labels is not None  # noqa: S101 - callers have checked it, for the type checkers
         self.model = model
@@ -89,6 +100,8 @@ class Subject:
         self.eps = eps
         self.spec = spec
         self.seed = seed
+        self.thresholds = thresholds
+        self.draws = draws
         self.n = len(batch)
         self.runs: dict[tuple[str, float, str], Run] = {}
 
@@ -107,8 +120,9 @@ class Subject:
         key = (name, eps, repr(sorted((settings or {}).items())))
         if key not in self.runs:
             make: Any = ATTACKS.get(name)
-            attack = make(norm=self.norm, eps=(eps,), **(settings or {}))
-            ctx = ShiftContext(seed=self.seed + seed, spec=self.spec, model=self.model)
+            fields = {"draws": self.draws, **(settings or {})} if self.draws > 1 else (settings or {})
+            attack = make(norm=self.norm, eps=(eps,), **fields)
+            ctx = ShiftContext(seed=self.seed + seed, spec=self.spec, model=self.model, thresholds=self.thresholds)
             success, smallest = torch.zeros_like(self.margins, dtype=torch.bool), self.margins.clone()
             every = torch.arange(self.n, device=self.labels.device) if rows is None else rows
             for part in torch.split(every, CHUNK) if len(every) else ():
@@ -138,7 +152,7 @@ class Subject:
         for part in torch.split(torch.arange(self.n, device=images.device), CHUNK):
             few = self.batch.select(part).replace(images[part])
             with attacking(self.model, self.seed, few) as (view, clean), torch.no_grad():
-                found.append(view.outputs(clean).logits)
+                found.append(decided_at(view.outputs(clean).logits, self.thresholds))
         return torch.cat(found)
 
     def margins_of(self, logits: Tensor) -> Tensor:
@@ -156,7 +170,7 @@ class Subject:
             few = self.batch.select(part).replace(images[part])
             with attacking(self.model, self.seed, few) as (view, clean):
                 pixels = clean.images.requires_grad_(True)
-                logits = view.outputs(clean.replace(pixels)).logits
+                logits = decided_at(view.outputs(clean.replace(pixels)).logits, self.thresholds)
                 assert clean.labels is not None  # noqa: S101 - for the type checkers
                 value = margin(logits, clean.labels, self.model.task).sum()
                 slope = torch.autograd.grad(value, pixels, allow_unused=True)[0] if value.requires_grad else None
@@ -235,17 +249,6 @@ class Subject:
         bits = None if self.spec is None else self.spec.bits
         return self.box * 0.5 * (1.0 if bits is None else 1 + 1 / ((1 << bits) - 1))
 
-    @property
-    def majority(self) -> int:
-        """Samples of the most frequent class."""
-        return int(torch.unique(self.labels, dim=0, return_counts=True)[1].max())
-
-    def moved(self, label: str, step: float) -> Tensor:
-        """Return the images with each pixel moved by ``step``, up or down at random, clipped to [0, 1]."""
-        images = self.batch.images
-        sign = SampleRng.make(self.seed, "trust", self.batch.ids).sign(label, tuple(images.shape[1:]))
-        return (images + step * sign.to(images.dtype)).clamp(0, 1)
-
     def share(self, count: int) -> str:
         """Write a count as a share of the samples."""
         return share(count, self.n)
@@ -260,6 +263,18 @@ class Subject:
     def first(self, count: int) -> Tensor:
         """Return the places of the first samples."""
         return torch.arange(min(count, self.n), device=self.labels.device)
+
+
+def majority(subject: Subject) -> int:
+    """Return the number of samples of the most frequent class."""
+    return int(torch.unique(subject.labels, dim=0, return_counts=True)[1].max())
+
+
+def moved(subject: Subject, label: str, step: float) -> Tensor:
+    """Return the images with each pixel moved by ``step``, up or down at random, clipped to [0, 1]."""
+    images = subject.batch.images
+    sign = SampleRng.make(subject.seed, "trust", subject.batch.ids).sign(label, tuple(images.shape[1:]))
+    return (images + step * sign.to(images.dtype)).clamp(0, 1)
 
 
 # what gradients look like
@@ -324,11 +339,11 @@ def finite_differences(s: Subject) -> Verdict:
 def non_differentiable(s: Subject) -> Verdict:
     """The output must follow small changes of the input, and the gradient must see that."""
     grey = 1 / 255 if s.spec is None or s.spec.bits is None else 1 / ((1 << s.spec.bits) - 1)
-    still = (s.forward(s.moved("shift", _TINY_STEP * grey)) == s.logits).all(1)
+    still = (s.forward(moved(s, "shift", _TINY_STEP * grey)) == s.logits).all(1)
     doubtful = still | s.dead
     moves, first = torch.zeros_like(still), 0.0
     for step in _STEPS_UP if bool(doubtful.any()) else ():
-        moves |= (s.forward(s.moved("shift", step * grey)) != s.logits).any(1)
+        moves |= (s.forward(moved(s, "shift", step * grey)) != s.logits).any(1)
         if not first and bool((moves & doubtful).any()):
             first = step
     bad, constant = int((moves & doubtful).sum()), int((doubtful & ~moves).sum())

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from corruptions.adversarial.losses import decided_at, margin
+from robustlab.core.attack import Attack, Norm
 from robustlab.core.levels import MAX_SEVERITY
+from robustlab.core.types import ImageSpec
 from robustlab.metrics.store import PredictionStore
 
 from .plan import Condition, Plan
@@ -17,8 +19,12 @@ from .plan import Condition, Plan
 WORST_ATTACK = "worst attack"
 
 
-def with_worst_attacks(plan: Plan, stores: Mapping[str, PredictionStore]) -> tuple[Plan, dict[str, PredictionStore]]:
+def with_worst_attacks(
+    plan: Plan, stores: Mapping[str, PredictionStore], spec: ImageSpec
+) -> tuple[Plan, dict[str, PredictionStore]]:
     """Add a condition for each budget at which two or more attacks of a norm were run on the same samples.
+
+    Budgets are compared on the [0, 1] scale, in whatever units they were given.
 
     A mean over samples of the worst over attacks is at most the smallest of the means (Carlini et al. 2019,
     arXiv:1902.06705, which ask for it).
@@ -26,21 +32,25 @@ def with_worst_attacks(plan: Plan, stores: Mapping[str, PredictionStore]) -> tup
     Returns:
         The plan with these conditions as ``derived``, and the stores with theirs.
     """
-    budgets: dict[str, dict[float, list[Condition]]] = {}
-    for condition in plan.conditions:
-        if condition.kind == "attack" and condition.key in stores and "eps" in condition.parameters:
-            eps, unit = condition.parameters["eps"]
-            budgets.setdefault(unit, {}).setdefault(round(eps, 12), []).append(condition)
+    budgets: dict[Norm, dict[float, list[Condition]]] = {}
+    for sweep in plan.sweeps:
+        attack = sweep.shift
+        if not isinstance(attack, Attack) or attack.goal != "answer" or attack.norm == "parameters":
+            continue  # parameters of two attacks have nothing in common
+        for condition in sweep.conditions:
+            if condition.key in stores:
+                eps = attack.budget(attack.eps_at(condition.severity), spec)
+                budgets.setdefault(attack.norm, {}).setdefault(round(eps, 12), []).append(condition)
     added: list[Condition] = []
     found = dict(stores)
-    for unit, at in budgets.items():
+    for norm, at in budgets.items():
         shared = {eps: members for eps, members in sorted(at.items()) if len(members) > 1}
         for place, members in enumerate(shared.values(), start=1):
             parts = [stores[condition.key] for condition in members]
             if any(not torch.equal(part.ids, parts[0].ids) for part in parts):
                 continue  # a part of one attack failed, which the report lists
             severity = MAX_SEVERITY * place / len(shared)
-            label = f"{WORST_ATTACK} {unit.split(',')[0]}"
+            label = f"{WORST_ATTACK} {norm}"
             condition = replace(members[0], key=f"{label}@{severity:g}", label=label, severity=severity)
             added.append(condition)
             found[condition.key] = worst_of_each(parts, plan.thresholds)

@@ -228,6 +228,7 @@ class ConditionMetric(AnyMetric):
     """A metric of one model over several conditions."""
 
     on: ClassVar[Literal["conditions", "attacks"]] = "conditions"  # or only on those of attacks
+    each_shift: ClassVar[bool] = False  # one value a shift, attacks among them
 
     @abstractmethod
     def compute(self, conditions: Conditions, context: Context) -> list[MetricValue]:

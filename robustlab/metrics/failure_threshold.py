@@ -130,6 +130,7 @@ class FailureThreshold(ConditionMetric):
     direction = "none"
     default = True
     from_answers = True
+    each_shift = True
     of: ClassVar[str] = "accuracy"
 
     def compute(self, conditions: Conditions, context: Context) -> list[MetricValue]:

@@ -79,6 +79,7 @@ class MinimalBudget(ConditionMetric):
     """
 
     on = "attacks"
+    each_shift = True
     title = "Budget that makes half of the answers wrong"
     direction = "higher"
     default = True

@@ -357,6 +357,7 @@ class LeastFailingSeverity(ConditionMetric):
 
     title = "Least failing severity"
     from_answers = True
+    each_shift = True
 
     def compute(self, conditions: Conditions, context: Context) -> list[MetricValue]:
         same = paired(conditions)

@@ -23,8 +23,9 @@ def minimal_budgets(report: Report) -> dict[str, list[Any]]:
     """Return the columns that ``Report.minimal_budgets`` describes."""
     table: dict[str, list[Any]] = {name: [] for name in COLUMNS}
     clean = report.predictions.get("clean")
-    if clean is None or clean.labels is None:
-        return table
+    capabilities = (report.manifest.get("model") or {}).get("capabilities") or {}
+    if clean is None or clean.labels is None or capabilities.get("deterministic") is False:
+        return table  # of a random model single passes fall by chance
     attacks: dict[str, list[ConditionStore]] = {}
     for key, item in views.conditions(report).items():
         store = report.predictions.get(key)

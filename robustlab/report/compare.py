@@ -118,7 +118,10 @@ def compare(a: Report, b: Report, metric: str = "accuracy", target: str = "") ->
     direction = METRICS.get(metric).direction
     if direction == "none":
         raise ConfigError("compare", "a metric with a direction", repr(metric), "Use e.g. 'accuracy'.")
-    usable = [{k for k, store in r.predictions.items() if store.labels is not None} for r in (a, b)]
+    usable = [
+        {k for k, store in r.predictions.items() if store.labels is not None and k not in _on_detectors(r)}
+        for r in (a, b)
+    ]
     keys = [key for key in a.predictions if key in usable[0] & usable[1]]
     if not keys:
         raise UnknownNameError(
@@ -132,6 +135,11 @@ def compare(a: Report, b: Report, metric: str = "accuracy", target: str = "") ->
     missing = tuple(sorted(usable[0] ^ usable[1]))
     worst = _worst(a, b, rows, metric, target) if len(rows) > 1 else None
     return Comparison(_name(a), _name(b), metric, rows, worst, missing)
+
+
+def _on_detectors(report: Report) -> set[str]:
+    """Return the conditions whose answers say nothing of accuracy: there a detector was attacked."""
+    return {entry["key"] for entry in report.manifest.get("conditions") or [] if entry.get("kind") == "detector attack"}
 
 
 def _worst(a: Report, b: Report, rows: tuple[ComparisonRow, ...], metric: str, target: str) -> ComparisonRow | None:

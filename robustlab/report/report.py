@@ -126,7 +126,8 @@ class Report:
         where the clean answer is wrong), ``falls_at`` the smallest at which it was wrong (0 where the clean answer is,
         NaN where it held at all of them). The smallest budget that fools lies between the two: attacks find bounds.
 
-        Needs the predictions, which ``save`` keeps.
+        Needs the predictions, which ``save`` keeps. Empty for models whose answers are random: single passes fall by
+        chance.
         """
         import pandas as pd
 

@@ -86,7 +86,7 @@ def test_they_are_no_attacks_on_answers(report):
     assert report.manifest["trust"] == []
     kinds = {entry["shift"]: entry["kind"] for entry in report.manifest["conditions"]}
     assert kinds == {"clean": "clean", "hide-energy-linf": "detector attack", "alarm-msp-linf": "detector attack"}
-    assert any("no attack was run" in sentence for sentence in report.manifest["not_tested"])
+    assert any("no attack on the answers was run" in sentence for sentence in report.manifest["not_tested"])
     assert "hide-energy-linf: may change every pixel by up to 16 grey levels" in report.manifest["threat_model"]
 
 
