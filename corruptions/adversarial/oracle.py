@@ -91,7 +91,7 @@ class Oracle:
             self.found_by.fill_(-1)
 
     def wrong(self, rows: Tensor) -> Tensor:
-        """Return which samples are wrong already, bool (n,); none of a random model, which only fresh draws can tell."""
+        """Return which samples are wrong already, bool (n,); none of a random model, where only fresh draws tell."""
         return (self.margin[rows] < 0) & (self.draws == 1)
 
     def open(self, rows: Tensor) -> Tensor:

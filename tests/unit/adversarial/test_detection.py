@@ -130,6 +130,16 @@ def test_random_models_are_judged_on_fresh_draws():
     assert float(found.probability.mean()) > 0.95
 
 
+def test_restarts_search_from_other_points_and_keep_the_best():
+    net = Linear(classes=5, scale=3.0)
+    one, many = (
+        DetectorAttack(eps=(0.05,), steps=2, restarts=restarts).run(batch(), context(net), eps=0.05).margin
+        for restarts in (1, 6)
+    )
+    assert bool((many <= one + 1e-6).all())
+    assert bool((many < one - 1e-4).any())
+
+
 def test_several_labels():
     model = wrap(Linear(classes=3), task="multilabel", output="logits")
     found = DetectorAttack(detector="energy", eps=(0.02,), steps=20).run(batch(), ShiftContext(model=model), eps=0.02)

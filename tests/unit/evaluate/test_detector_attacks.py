@@ -135,3 +135,17 @@ def test_what_cannot_be_attacked_is_skipped_and_listed():
     assert [item["what"] for item in report.manifest["skipped"]] == ["hide-energy-linf"]
     assert "offset" in report.manifest["skipped"][0]["why"]
     assert report.value("auroc-ood", "alarm-msp-linf", 5, scorer="msp", data="ID vs far/a").n > 0
+
+
+def test_another_detector_of_the_same_name_is_another_attack(monkeypatch):
+    from defenses.detectors.logits import Energy
+    from robustlab.evaluate.cache import shift_identity
+
+    first = shift_identity(HIDE)
+    monkeypatch.setattr(Energy, "version", 99)
+    assert shift_identity(HIDE) != first
+
+
+def test_comparisons_of_accuracy_leave_them_out(report):
+    keys = {row.condition for row in robustlab.compare(report, report).rows}
+    assert keys == {"clean"}

@@ -162,3 +162,70 @@ def test_smallest_budget_of_every_sample(report, tmp_path):
     report.save(tmp_path)
     assert robustlab.Report.load(tmp_path).minimal_budgets().equals(table)
     assert len(robustlab.Report.from_json(report.to_json()).minimal_budgets()) == 0
+
+
+def test_budgets_meet_on_one_scale_and_never_share_a_key():
+    same = evaluate(
+        build(), source(), shifts=(), attacks=(PGD(eps=(4 / 255,), steps=3), FGSM(eps=(4,), units="native"))
+    )
+    assert "worst attack linf@5" in same.predictions
+    apart = evaluate(
+        build(),
+        source(),
+        shifts=(),
+        attacks=(
+            PGD(eps=(2 / 255,), steps=3),
+            FGSM(eps=(2 / 255,)),
+            PGD(eps=(16,), units="native", steps=3),
+            FGSM(eps=(16,), units="native"),
+        ),
+    )
+    keys = [entry["key"] for entry in apart.manifest["conditions"]]
+    assert len(keys) == len(set(keys))
+    amounts = {entry["severity"]: entry["amount"] for entry in apart.manifest["conditions"] if "worst" in entry["key"]}
+    assert amounts == {2.5: pytest.approx(2), 5.0: pytest.approx(16)}
+    for severity, parts in ((2.5, ("pgd-linf@5", "fgsm-linf@5")), (5, ("pgd-linf#2@5", "fgsm-linf#2@5"))):
+        together = torch.stack([right(apart.predictions[key]) for key in parts]).all(0)
+        assert torch.equal(right(apart.predictions[f"worst attack linf@{severity:g}"]), together)
+
+
+def test_numbers_over_all_shifts_are_of_corruptions():
+    options = {"shifts": ("gaussian-noise",), "severities": (5,), "metrics": ("mean-corruption-error", "flip-rate")}
+    alone = evaluate(build(), source(), **options)
+    attacked = evaluate(build(), source(), attacks=(PGD(eps=LEVELS, steps=3), FGSM(eps=LEVELS)), **options)
+    for metric in options["metrics"]:
+        rows = [report.value(metric, "all shifts") for report in (alone, attacked)]
+        assert rows[0].value == rows[1].value
+
+
+def test_of_a_random_model_no_worst_is_told():
+    class Noisy(Small):
+        def forward(self, x):
+            return super().forward(x + 0.2 * torch.randn_like(x))
+
+    model = robustlab.wrap(Noisy(), task="multiclass", output="logits", num_classes=3)
+    report = evaluate(model, source(), shifts=(), attacks=(PGD(eps=LEVELS, steps=2), FGSM(eps=LEVELS)))
+    assert not [key for key in report.predictions if key.startswith("worst attack")]
+    assert len(report.minimal_budgets()) == 0
+    assert not [row for row in report.rows if row.metric == "minimal-budget"]
+    assert any("lucky draws" in sentence for sentence in report.manifest["not_tested"])
+
+
+def test_budgets_that_can_change_nothing_are_told():
+    report = evaluate(build(), source(), shifts=(), attacks=FGSM(eps=(0.5 / 255, 2 / 255)))
+    assert any("fgsm-linf at 0.5 grey levels: less than one level" in text for text in report.manifest["not_tested"])
+
+
+def test_thresholds_near_zero_are_aimed_at():
+    from corruptions.adversarial.losses import decided_at
+
+    moved = decided_at(
+        torch.tensor([[-40.0, 0.0]]), (torch.sigmoid(torch.tensor(-40.0, dtype=torch.float64)).item(), 0.5)
+    )
+    assert moved.tolist() == [[pytest.approx(0.0, abs=1e-4), 0.0]]
+
+
+def test_few_samples_of_the_checklist_are_refused_at_once():
+    for wrong in (5, -1):
+        with pytest.raises(ValueError, match="trust of 10 samples or more"):
+            robustlab.evaluate_under_shift(build(), source(), attacks="pgd", trust=wrong, progress=False)

@@ -83,12 +83,22 @@ def test_interval_is_where_the_ends_of_the_share_reach_one_half():
 def test_coverage_of_the_interval():
     """Budgets of samples are drawn from a law whose median is 2; at most 1 in 40 falls to each side."""
     generator = torch.Generator().manual_seed(1)
-    missed = 0
+    missed = moved = 0
     for _ in range(400):
-        falls = torch.tensor(AMOUNTS)[torch.multinomial(torch.tensor([0.4, 0.3, 0.3]), 60, True, generator=generator)]
+        falls = torch.tensor(AMOUNTS)[torch.multinomial(torch.tensor([0.45, 0.1, 0.45]), 60, True, generator=generator)]
         found = median_of(falls)
         missed += not (found.low <= 2 <= found.high)
+        moved += found.value != 2
     assert missed <= 0.05 * 400 + 3 * math.sqrt(400 * 0.05 * 0.95)
+    assert moved > 100, "an interval without width would miss as often"
+
+
+def test_images_of_one_patient_widen_the_interval():
+    falls = [1] * 40 + [2] * 16 + [4] * 24 + [math.inf] * 20
+    alone, together = median_of(falls), median_of(falls, clusters=torch.arange(100) // 20)
+    assert (alone.value, alone.low, alone.high) == (2, 1, 4)
+    assert (together.value, together.low) == (2, 1)
+    assert math.isnan(together.high), "of five patients the share that fell is not known to be a half"
 
 
 def test_a_median_that_no_budget_reaches():
