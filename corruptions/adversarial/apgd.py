@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustlab.core.attack import Norm
+from robustlab.core.attack import Norm, just_inside
 from robustlab.core.errors import ConfigError, RangeError
 from robustlab.core.registry import ATTACKS
 from robustlab.core.rng import SampleRng
@@ -259,4 +259,5 @@ def _inside(images: Tensor, clean: Tensor, eps: float, norm: Norm) -> Tensor:
         return torch.min(torch.max(images, clean - eps), clean + eps).clamp(0, 1)
     delta = images - clean
     length = lengths(delta, norm)
-    return (clean + delta / (length + TINY) * length.clamp_max(eps)).clamp(0, 1)
+    inside = (clean + delta / (length + TINY) * length.clamp_max(eps)).clamp(0, 1)
+    return just_inside(inside, clean, eps)
