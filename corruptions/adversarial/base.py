@@ -17,7 +17,7 @@ from robustlab.core.errors import ConfigError, KindError, RangeError, ShapeError
 from robustlab.core.model import Model
 from robustlab.core.rng import SampleRng
 from robustlab.core.shift import ShiftContext, luma
-from robustlab.core.types import Batch
+from robustlab.core.types import Batch, ImageSpec
 from robustlab.train.seeding import scoped_seed
 
 from .oracle import Objective, Oracle
@@ -95,6 +95,16 @@ class Search(Attack):
             start: float (n, C, H, W), first starting points, inside the ball; None for the attack's own.
             stop: Whether samples may be left alone as soon as they are wrong.
         """
+
+    def bound(self, spec: ImageSpec) -> str:
+        where = (
+            ""
+            if self.mask is None
+            else " inside the segmentation mask"
+            if self.mask == "masks"
+            else (f" where the clean image lies between {self.mask[0]:g} and {self.mask[1]:g} on the [0, 1] scale")
+        )
+        return super().bound(spec) + where
 
     def objective(self, model: Model) -> Objective | None:
         """Return what is lowered instead of the margin; None where the answer is attacked."""

@@ -60,7 +60,8 @@ class Ensemble(Search):
 
     def _refuse(self, expected: str, num_classes: int, task: Task, instead: str) -> ConfigError:
         got = "several labels an image" if task == "multilabel" else f"{num_classes} classes"
-        return ConfigError(self.name, expected, got, f"Use {instead}, or auto-attack, which picks the right one.")
+        hint = f"Use {instead}, or auto-attack, which picks the right one; with draws=20 where the model is random."
+        return ConfigError(self.name, expected, got, hint)
 
 
 @ATTACKS.register("aa-standard")

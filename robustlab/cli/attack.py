@@ -19,7 +19,9 @@ def attack(
     attacks: Annotated[
         str, typer.Option(help="Attack names, comma-separated; see robustlab list attacks.")
     ] = "auto-attack",
-    norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",
+    norm: Annotated[
+        str | None, typer.Option(help="linf or l2; that of the attack if not given, for most linf.")
+    ] = None,
     units: Annotated[str, typer.Option(help="unit: the [0, 1] scale; native: grey levels, HU.")] = "unit",
     goal: Annotated[
         str,
@@ -30,7 +32,9 @@ def attack(
     ] = "answer",
     detector: Annotated[str, typer.Option(help="Whom to hide from or to alarm; see robustlab list detectors.")] = "msp",
     ood: Annotated[list[str] | None, typer.Option(help="name=DATA, e.g. far/photos=photos.npz; repeatable.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Attack only so many samples, spread over the data.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Attack only so many samples, spread over the data, and over each foreign set.")
+    ] = None,
     draws: Annotated[
         int | None, typer.Option(help="Forward passes a look, for models that are random; 20 is usual.")
     ] = None,
@@ -64,17 +68,27 @@ def attack(
 
     from .parse import parse_budgets, parse_model, parse_pairs
 
-    source = load_data(data, split=split)
-    if limit is not None and 0 < limit < len(source):
-        source = subset(source, [place * len(source) // limit for place in range(limit)])
-    fields: dict[str, Any] = {"norm": norm, "eps": parse_budgets(eps, "--eps"), "units": units}
-    foreign = {key: load_data(path) for key, path in parse_pairs(ood or [], "--ood").items()}
+    if limit is not None and limit < 1:
+        raise ConfigError("--limit", "a number of samples above 0", f"{limit}", "Leave it out to attack all.")
+    if goal not in ("answer", "hide", "alarm"):
+        raise ConfigError("--goal", "answer, hide or alarm", repr(goal), "Check the spelling.")
+
+    def few(whole: Any) -> Any:
+        if limit is None or limit >= len(whole):
+            return whole
+        return subset(whole, [place * len(whole) // limit for place in range(limit)])
+
+    source = few(load_data(data, split=split))
+    fields: dict[str, Any] = {"eps": parse_budgets(eps, "--eps"), "units": units}
+    if norm is not None:
+        fields["norm"] = norm
+    foreign = {key: few(load_data(path)) for key, path in parse_pairs(ood or [], "--ood").items()}
     if goal == "hide" and not foreign:
         raise ConfigError("--goal hide", "foreign images", "no --ood", "Pass e.g. --ood far/photos=photos.npz.")
     if draws is not None:
         fields["draws"] = draws
     if goal == "answer":
-        builders: list[Any] = [ATTACKS.get(text) for text in attacks.split(",")]
+        builders: list[Any] = [ATTACKS.get(text.strip()) for text in attacks.split(",")]
     else:
         builders = [ATTACKS.get("detector-attack")]
         fields |= {"goal": goal, "detector": detector}

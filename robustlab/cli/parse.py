@@ -65,17 +65,23 @@ def floats(text: str | None) -> list[float] | None:
 
 
 def parse_budgets(text: str, option: str) -> tuple[float, ...]:
-    """Parse budgets, comma-separated, also as fractions: ``"1/255,2/255"``.
+    """Parse budgets, comma-separated, also as fractions: ``"0.5/255,2/255"``.
 
     Raises:
         ConfigError: Something else.
     """
     try:
-        return tuple(float(Fraction(part)) for part in text.split(","))
+        return tuple(_number(part) for part in text.split(","))
     except (ValueError, ZeroDivisionError):
         raise ConfigError(
             option, "budgets, comma-separated", repr(text), "For example 1/255,2/255, or 1,2 with --units native."
         ) from None
+
+
+def _number(text: str) -> float:
+    """Return a number, or a fraction of two: ``"1/255"``, ``"0.4/255"``."""
+    above, _, below = text.partition("/")
+    return float(Fraction(above.strip()) / Fraction(below.strip() or 1))
 
 
 def parse_attack(text: str) -> tuple[str, str, tuple[float, ...]]:
@@ -86,7 +92,7 @@ def parse_attack(text: str) -> tuple[str, str, tuple[float, ...]]:
     """
     try:
         name, norm, budgets = text.split(":")
-        return name, norm, tuple(float(Fraction(part)) for part in budgets.split(","))
+        return name, norm, tuple(_number(part) for part in budgets.split(","))
     except (ValueError, ZeroDivisionError):
         raise ConfigError(
             "--attack",

@@ -371,6 +371,8 @@ def randomised(s: Subject) -> Verdict:
     text = f"Logits of unit length differ by up to {s.wobble:.1e} between 5 passes (n = {min(s.n, CHUNK)})"
     if not s.random:
         return Verdict("passed", f"{text}.", s.wobble)
+    if s.draws > 1:
+        return Verdict("passed", f"{text}: the model is random, and attacks average over {s.draws} draws.", s.wobble)
     return Verdict("warned", f"{text}: the model is random, so use draws=20 in every attack.", s.wobble)
 
 

@@ -109,11 +109,11 @@ def _detection(report: Report) -> Iterable[str]:
     for item in duels:
         name = f"{item.condition.label}: {item.name}, {item.scorer}"
         before = "" if item.clean is None else f"from {words.number('auroc-ood', item.clean.value)}"
-        yield f"  {name[:61]:<62}AUROC {words.estimate(item.attacked)} {before}".rstrip()
+        yield f"  {name[:61]:<62}AUROC {words.estimate(item.attacked)} {before}  n={item.attacked.n:,}"
     for share in passed:
         name = f"{share.condition.label}: {share.name}"
         before = "" if share.clean is None else f"from {words.number('referred-share', share.clean.value)}"
-        yield f"  {name[:61]:<62}referred {words.estimate(share.attacked)} {before}".rstrip()
+        yield f"  {name[:61]:<62}referred {words.estimate(share.attacked)} {before}  n={share.attacked.n:,}"
 
 
 def _largest(items: Sequence[_Item]) -> list[_Item]:
