@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar, Self
 
@@ -22,6 +24,36 @@ class Needs(Enum):
     HEAD = "last layer"
     INPUT_GRAD = "input gradient"
     EXTRA_FORWARD = "extra forward passes"
+    MEMBERS = "members of an ensemble"
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """The last linear layer of a network: logits are ``features @ weight.T + bias``.
+
+    Args:
+        weight: float (C, D).
+        bias: float (C,).
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+
+class Folds(ABC):
+    """In-distribution outputs in blocks, that a fit may go through as often as it has to.
+
+    Attributes:
+        head: Last layer of the network; None where it is not known.
+        num_classes: Classes, or labels for multi-label.
+    """
+
+    head: Head | None
+    num_classes: int
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[tuple[ModelOutputs, Tensor | None]]:
+        """Iterate over (outputs, labels)."""
 
 
 class Detector(ABC):

@@ -13,7 +13,7 @@ from robustlab.core.types import ModelOutputs
 LOGITS_ONLY = [
     pytest.param(DETECTORS.get(name)(), id=name)
     for name in DETECTORS.names()
-    if DETECTORS.get(name).needs <= {Needs.LOGITS, Needs.OFFSET}
+    if DETECTORS.get(name).needs <= {Needs.LOGITS, Needs.OFFSET} and not hasattr(DETECTORS.get(name), "learn")
 ]
 TASKS = ("binary", "multiclass", "multilabel")
 
