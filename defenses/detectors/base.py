@@ -161,6 +161,10 @@ class Learning(Detector):
         object.__setattr__(self, "_learned", dict(learned))
 
     @property
+    def is_fitted(self) -> bool:
+        return not self.learns or getattr(self, "_learned", None) is not None
+
+    @property
     def learned(self) -> Mapping[str, Tensor]:
         """What was learned, by name.
 

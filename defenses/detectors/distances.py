@@ -66,12 +66,15 @@ class _Gaussian(OnFeatures):
         total = squares / count - torch.outer(centre, centre)
         return means + origin, sizes, within, total
 
-    def whitening(self, covariance: Tensor, count: float) -> Tensor:
-        """Return (D, D) that maps differences to those whose length is the Mahalanobis distance."""
+    def ridge(self, covariance: Tensor, count: float) -> tuple[float, float]:
+        """Return (weight of a covariance, variance that is added to every unit)."""
         weight = oas(covariance, count) if self.shrinkage == "auto" else self.shrinkage
+        return 1 - weight, weight * float(covariance.trace()) / len(covariance)
+
+    def whitening(self, covariance: Tensor, ridge: tuple[float, float]) -> Tensor:
+        """Return (D, D) that maps differences to those whose length is the Mahalanobis distance."""
         width = len(covariance)
-        mean = covariance.trace() / width
-        shrunk = (1 - weight) * covariance + weight * mean * torch.eye(width).to(covariance)
+        shrunk = ridge[0] * covariance + ridge[1] * torch.eye(width).to(covariance)
         values, vectors = torch.linalg.eigh((shrunk + shrunk.T) / 2)
         # directions without any spread say nothing where there is no shrinkage
         spread = values > values[-1].clamp_min(0) * width * torch.finfo(values.dtype).eps
@@ -122,7 +125,7 @@ class MDS(_Gaussian):
 
     def learn(self, folds: Folds) -> dict[str, Tensor]:
         means, sizes, within, _ = self.moments(folds)
-        return {"means": means, "whitening": self.whitening(within, float(sizes.sum()))}
+        return {"means": means, "whitening": self.whitening(within, self.ridge(within, float(sizes.sum())))}
 
     def score(self, outputs: ModelOutputs) -> Tensor:
         """Return float (N,), 0 or more; NaN in rows with NaN or infinite features."""
@@ -137,7 +140,7 @@ class RMD(_Gaussian):
     """Relative Mahalanobis distance: that from the nearest class less that from all data taken as one Gaussian.
 
     Args:
-        shrinkage: See ``MDS``.
+        shrinkage: See ``MDS``; both covariances are given the same weight and the same identity.
         normalise: See ``MDS``.
         tap: See ``OnFeatures``.
 
@@ -148,11 +151,13 @@ class RMD(_Gaussian):
     def learn(self, folds: Folds) -> dict[str, Tensor]:
         means, sizes, within, total = self.moments(folds)
         count = float(sizes.sum())
+        # the same for both: where they differ, so do the distances of all that is far away
+        ridge = self.ridge(within, count)
         return {
             "means": means,
-            "whitening": self.whitening(within, count),
+            "whitening": self.whitening(within, ridge),
             "centre": (means * sizes[:, None]).sum(0, keepdim=True) / count,
-            "whitening_all": self.whitening(total, count),
+            "whitening_all": self.whitening(total, ridge),
         }
 
     def score(self, outputs: ModelOutputs) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .detector import Head
 from .errors import ConfigError, ModelError, UnknownNameError
-from .model import Model, WrappedModel
+from .model import Model, WrappedModel, why_no_features
 from .types import Batch, ModelOutputs, Task
 
 PENULTIMATE = "penultimate"
@@ -145,15 +145,6 @@ class TappedModel(Model):
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def why_no_features(model: Model) -> str | None:
-    """Return why a model has no features, or None."""
-    if not isinstance(model, WrappedModel):
-        return f"{type(model).__name__}, which returns no features"
-    if not isinstance(model.net, nn.Module) or isinstance(model.net, torch.jit.ScriptModule):
-        return f"{type(model.net).__name__}, whose layers cannot be looked at"
-    return None
 
 
 def _pooled(value: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ class Inputs:
     """
 
     model: Model
-    travels: Model | ModelSpec
+    travels: Any
     probed: tuple[Batch, ModelOutputs] | None
     was_training: bool
     source: Source
