@@ -7,6 +7,7 @@ from .boundaries import FDBD, GradNorm
 from .distances import MDS, RMD, SHE
 from .ensembles import Disagreement, MutualInformation
 from .files import load_detector, save_detector
+from .gradients import ODIN
 from .logits import GEN, MSP, Energy, Entropy, MaxLogit
 from .mixtures import GMM
 from .neighbours import KNN, NNGuide
@@ -23,6 +24,7 @@ __all__ = [
     "KNN",
     "MDS",
     "MSP",
+    "ODIN",
     "RMD",
     "SCALE",
     "SHE",

@@ -78,8 +78,19 @@ class ModelFolds(Folds):
         self.head = None
         if head and isinstance(self.model, TappedModel):
             self.head = self.model.head(self._read(0))
-        self.num_classes = model.num_classes
+            if self.head is None:
+                raise ConfigError(
+                    f"last layer of {model.model_name}",
+                    "logits that one linear layer gives",
+                    "logits that are made otherwise",
+                    "Leave out detectors that need the last layer (vim, residual, react, dice, ash, scale, fdbd).",
+                )
         self._kept: list[tuple[ModelOutputs, Tensor | None]] | None = []
+
+    @property
+    def num_classes(self) -> int:  # type: ignore[override]
+        """Classes, known once a batch was run."""
+        return self.model.num_classes
 
     def _read(self, start: int) -> Batch:
         return self.source.read(range(start, min(start + self.batch, len(self.source)))).to(self.model.device)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from robustlab.core.detector import Folds, Needs
 from robustlab.core.errors import ConfigError
+from robustlab.core.model import Model
 from robustlab.core.registry import DETECTORS
 from robustlab.core.types import ModelOutputs
 
@@ -32,6 +33,11 @@ class KLMatching(Learning):
     """
 
     needs: ClassVar[frozenset[Needs]] = frozenset({Needs.LOGITS})
+
+    def skip_reason(self, model: Model) -> str | None:
+        if model.task == "multilabel":
+            return "needs one class a sample"
+        return super().skip_reason(model)
 
     def learn(self, folds: Folds) -> dict[str, Tensor]:
         total, count = torch.empty(0), torch.empty(0)
