@@ -54,7 +54,10 @@ def test_scores_are_those_of_the_features(report):
         detector.fit(model, train())
         for key, data in (("clean", source(count=60)), ("ood:far/x", source(count=16, seed=2))):
             wanted = detector.score(tapped.predict(whole(data)))
-            assert torch.allclose(report.predictions[key].scores[name].float(), wanted, rtol=1e-4, atol=1e-4), (name, key)
+            assert torch.allclose(report.predictions[key].scores[name].float(), wanted, rtol=1e-4, atol=1e-4), (
+                name,
+                key,
+            )
         assert not torch.equal(report.predictions["gamma@3"].scores[name], report.predictions["clean"].scores[name])
     first = whole(source(count=60))
     wanted = ODIN().score_in_pass(model, first, model.predict(first))
