@@ -316,7 +316,7 @@ def ood(report: Report) -> list[OodLine]:
     """Return detector results on the OOD sets as they are, in the order of the rows."""
     found: dict[tuple[str, str], dict[str, Row]] = {}
     for row in report.rows:
-        if is_ood(row) and row.shift == "clean" and row.scorer:
+        if is_ood(row) and row.shift == "clean" and row.scorer and not (row.group or row.target):
             name = row.data.split(" vs ", 1)[-1]
             found.setdefault((name, row.scorer), {})[row.metric] = row
     return [OodLine(name, scorer, rows) for (name, scorer), rows in found.items()]
@@ -324,7 +324,11 @@ def ood(report: Report) -> list[OodLine]:
 
 def ood_metrics(report: Report) -> list[str]:
     """Return the OOD metrics that were computed, AUROC first."""
-    names = dict.fromkeys(row.metric for row in report.rows if is_ood(row) and row.shift == "clean" and row.scorer)
+    names = dict.fromkeys(
+        row.metric
+        for row in report.rows
+        if is_ood(row) and row.shift == "clean" and row.scorer and not (row.group or row.target)
+    )
     return sorted(names, key=lambda name: name != "auroc-ood")
 
 
