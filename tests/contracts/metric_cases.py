@@ -167,7 +167,10 @@ def ask(name, made):
     else:
         if made.store.answers_only and not metric.from_answers:
             return {}
-        values = metric.compute(Conditions(made.store, made.shifted), context)
+        shifted = made.shifted
+        if metric.on == "attacks":
+            shifted = tuple(dataclasses.replace(item, kind="attack", amount=item.severity) for item in shifted)
+        values = metric.compute(Conditions(made.store, shifted), context)
     out = {(value.target, value.scorer, value.shift): value.estimate for value in values}
     assert len(out) == len(values), "two values have one place"
     assert {value.metric for value in values} <= {name}
@@ -177,7 +180,7 @@ def ask(name, made):
 def points(name, made):
     """Return place to value, by the fast way where the metric has one."""
     metric = METRICS.get(name)()
-    if metric.on in ("groups", "conditions"):
+    if metric.on in ("groups", "conditions", "attacks"):
         return {place: estimate.value for place, estimate in ask(name, made).items()}
     if made.store.answers_only and not metric.from_answers:
         return {}
