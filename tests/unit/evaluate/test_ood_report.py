@@ -7,7 +7,7 @@ import torch
 
 import robustlab
 from robustlab.core.errors import ConfigError
-from robustlab.report import views
+from robustlab.report import ood_views
 from tests.contracts.toys import Small, source
 
 SETS = {"near/a": 5, "near/b": 6, "far/c": 7, "other": 8}
@@ -87,11 +87,17 @@ def test_labels_of_foreign_sets_play_no_part(report):
 
 
 def test_views_show_the_plain_table_and_the_page_opens(report, tmp_path):
-    lines = views.ood(report)
+    lines = ood_views.ood(report)
     assert len(lines) == 3 * (len(SETS) + 2 + 2)  # sets, groups, corrupted data
     text = report.summary()
     assert "near/*, knn" in text
-    assert "near/*" in report.to_html(tmp_path / "page.html").read_text()
+    assert "Scores against msp" in text
+    page = report.to_html(tmp_path / "page.html").read_text()
+    assert "near/*" in page
+    assert page.count("Full spectrum") == 1
+    words = {item.word for item in ood_views.against_first(report)}
+    assert words <= {"better", "worse", "no decision"}
+    assert len(ood_views.full_spectrum(report)) == 3 * (len(SETS) + 2)
 
 
 def test_without_val_nothing_is_flagged_and_the_reason_is_told():
