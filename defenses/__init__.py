@@ -2,7 +2,33 @@
 
 from __future__ import annotations
 
-from .detectors import MSP, Energy
+from .detectors import (
+    ASH,
+    DICE,
+    FDBD,
+    GEN,
+    GMM,
+    KNN,
+    MDS,
+    MSP,
+    ODIN,
+    RMD,
+    SCALE,
+    SHE,
+    Disagreement,
+    Energy,
+    Entropy,
+    GradNorm,
+    KLMatching,
+    MaxLogit,
+    MutualInformation,
+    NNGuide,
+    ReAct,
+    Residual,
+    ViM,
+    load_detector,
+    save_detector,
+)
 from .ensembles import DeepEnsemble
 from .recalibration import (
     BetaCalibration,
@@ -15,14 +41,37 @@ from .recalibration import (
 )
 
 __all__ = [
+    "ASH",
+    "DICE",
+    "FDBD",
+    "GEN",
+    "GMM",
+    "KNN",
+    "MDS",
     "MSP",
+    "ODIN",
+    "RMD",
+    "SCALE",
+    "SHE",
     "BetaCalibration",
     "DeepEnsemble",
     "DirichletCalibration",
+    "Disagreement",
     "Energy",
+    "Entropy",
+    "GradNorm",
     "HistogramBinning",
     "IsotonicCalibration",
+    "KLMatching",
+    "MaxLogit",
+    "MutualInformation",
+    "NNGuide",
     "PlattScaling",
+    "ReAct",
+    "Residual",
     "TemperatureScaling",
     "VectorScaling",
+    "ViM",
+    "load_detector",
+    "save_detector",
 ]

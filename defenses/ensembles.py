@@ -146,6 +146,8 @@ class DeepEnsemble(Defense):
     def for_attack(self) -> Model:
         return DeepEnsemble([member.for_attack() for member in self.members])
 
+    has_members = True
+
     def outputs(self, batch: Batch) -> ModelOutputs:
         logits = torch.stack([self._checked(member.outputs(batch).logits) for member in self.members])
         pooled, members, information = pool(logits, self.task)

@@ -10,7 +10,7 @@ import typer
 from robustlab import __version__
 from robustlab.core.errors import RobustlabError
 
-from . import attack, corrupt, demo, doctor, evaluate, listing
+from . import attack, corrupt, demo, doctor, evaluate, listing, ood
 
 app = typer.Typer(
     name="robustlab",
@@ -27,6 +27,7 @@ app.command("doctor")(doctor.doctor)
 app.command("evaluate")(evaluate.evaluate)
 app.command("corrupt")(corrupt.corrupt)
 app.command("list")(listing.list_)
+app.command("ood")(ood.ood)
 app.command("show")(listing.show)
 
 

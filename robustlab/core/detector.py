@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar, Self
 
 from torch import Tensor
 
-from .model import Model
+from .model import Model, why_no_features
 from .source import Source
-from .types import ModelOutputs
+from .types import Batch, ModelOutputs
 
 
 class Needs(Enum):
@@ -22,14 +24,60 @@ class Needs(Enum):
     HEAD = "last layer"
     INPUT_GRAD = "input gradient"
     EXTRA_FORWARD = "extra forward passes"
+    MEMBERS = "members of an ensemble"
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """The last linear layer of a network: logits are ``features @ weight.T + bias``.
+
+    Args:
+        weight: float (C, D).
+        bias: float (C,).
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+
+class Folds(ABC):
+    """In-distribution outputs in blocks, that a fit may go through as often as it has to.
+
+    Attributes:
+        head: Last layer of the network; None where it is not known.
+        num_classes: Classes, or labels for multi-label.
+    """
+
+    head: Head | None
+    num_classes: int
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[tuple[ModelOutputs, Tensor | None]]:
+        """Iterate over (outputs, labels)."""
 
 
 class Detector(ABC):
-    """An out-of-distribution score; larger always means more out of distribution."""
+    """An out-of-distribution score; larger always means more out of distribution.
+
+    Attributes:
+        needs: What it has to see. Scores that need logits alone are made of stored answers, others in the forward pass.
+        learns: It has to be fitted before it can score.
+    """
 
     name: ClassVar[str] = ""
     version: ClassVar[int] = 1
     needs: ClassVar[frozenset[Needs]] = frozenset({Needs.LOGITS})
+    learns: ClassVar[bool] = False
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """Names of the features that it looks at."""
+        return ()
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether it can score."""
+        return not self.learns
 
     def fit(self, model: Model, source: Source) -> Self:
         """Fit on in-distribution training data; refitting forgets everything before. The default needs no fit."""
@@ -40,13 +88,20 @@ class Detector(ABC):
     def score(self, outputs: ModelOutputs) -> Tensor:
         """Return float (N,) scores."""
 
+    def score_in_pass(self, model: Model, batch: Batch, outputs: ModelOutputs) -> Tensor:
+        """Return float (N,) scores while the batch is at hand; ``score`` unless a method needs more passes."""
+        del model, batch
+        return self.score(outputs)
+
     def skip_reason(self, model: Model) -> str | None:
         """Return why the score is undefined for this model, or None."""
         if model.answers_only:
             return "answers_only"
         if Needs.OFFSET in self.needs and not model.has_offset:
             return "needs logits: the offset of the logits is lost in probabilities"
-        unmet = sorted(need.value for need in self.needs - {Needs.LOGITS, Needs.OFFSET})
-        if unmet:
-            return f"needs {', '.join(unmet)}, which the evaluation does not offer yet"
+        if Needs.MEMBERS in self.needs and not model.has_members:
+            return "needs the members of an ensemble"
+        if self.needs & {Needs.FEATURES, Needs.HEAD}:
+            reason = why_no_features(model)
+            return None if reason is None else f"needs features of a network, not of {reason}"
         return None

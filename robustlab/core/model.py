@@ -47,6 +47,7 @@ class Model(ABC):
         num_classes: Classes, or labels for multi-label.
         class_names: Names of the classes, or None.
         has_offset: Logits keep their offset, as energy scores need (false when the network returns probabilities).
+        has_members: Outputs hold the log-probabilities of members.
         answers_only: Only the answers are known, without probabilities: logits are 0 and 1 and say nothing else.
         model_name: Name used in reports.
         model_id: What the user calls this version of the model; stands for a function's code and weights in caches.
@@ -58,6 +59,7 @@ class Model(ABC):
     class_names: tuple[str, ...] | None = None
     has_offset: bool = True
     answers_only: bool = False
+    has_members: bool = False
     model_name: str = "model"
     model_id: str | None = None
 
@@ -282,6 +284,15 @@ class WrappedModel(Model):
                 "Declare it: robustlab.wrap(net, output='probs'), or output='logits' if they really are logits.",
             )
         self._checked = True
+
+
+def why_no_features(model: Model) -> str | None:
+    """Return why a model has no features, or None."""
+    if not isinstance(model, WrappedModel):
+        return f"{type(model).__name__}, which returns no features"
+    if not isinstance(model.net, nn.Module) or isinstance(model.net, torch.jit.ScriptModule):
+        return f"{type(model.net).__name__}, whose layers cannot be looked at"
+    return None
 
 
 def _raw_logits(output: Any, who: str) -> Tensor:

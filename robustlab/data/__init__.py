@@ -3,6 +3,7 @@
 from .load import load_data
 from .phantoms import HistologyPhantom, RadiographPhantom
 from .predictions import SavedPredictions, load_predictions
+from .protocols import HeldOut, held_out_classes, hold_out
 from .sources import ArraySource, FolderSource, SubsetSource, subset
 from .torch_data import DatasetSource
 from .writer import write_corrupted
@@ -11,10 +12,13 @@ __all__ = [
     "ArraySource",
     "DatasetSource",
     "FolderSource",
+    "HeldOut",
     "HistologyPhantom",
     "RadiographPhantom",
     "SavedPredictions",
     "SubsetSource",
+    "held_out_classes",
+    "hold_out",
     "load_data",
     "load_predictions",
     "subset",

@@ -27,7 +27,7 @@ from .gallery import make_gallery
 from .inputs import Inputs, check_numbers, check_places, class_names_of, load_inputs
 from .manifest import make_manifest
 from .plan import CLEAN
-from .preflight import examine
+from .preflight import examine, fit_detectors, with_scores
 from .saved import saved_notes, unparsed_sentences
 from .score import (
     Subject,
@@ -135,11 +135,10 @@ def evaluate_under_shift(
         executor=executor,
     )
     preflight = examine(inputs, cache, cluster)
-    if inputs.training is not None:
-        for detector in inputs.detectors.values():
-            detector.fit(inputs.model, inputs.training)
+    fit_detectors(inputs.detectors, inputs.model, inputs.training)
+    passes, kept = with_scores(inputs, preflight)
     predictions, chunk = predict_all(
-        inputs, preflight, executor, seed=seed, cluster=cluster, batch_size=batch_size, progress=progress
+        passes, kept, executor, seed=seed, cluster=cluster, batch_size=batch_size, progress=progress
     )
     plan, stores = aimed(inputs.plan, predictions.val), predictions.main.stores
     steady = preflight.capabilities.deterministic

@@ -26,6 +26,7 @@ from robustlab.core.errors import ConfigError, ModelError, RangeError
 from robustlab.core.model import Model
 
 from .modelspec import ModelSpec
+from .scoring import ScoringSpec
 from .transport import unpack
 from .units import TRIES, Job, Unit, UnitResult, run_units
 
@@ -179,7 +180,7 @@ def _held(message: bytes) -> tuple[Job, Model]:
     if packed not in _MODELS:
         _MODELS.clear()
         model = unpack(packed)
-        if isinstance(model, ModelSpec):
+        if isinstance(model, (ModelSpec, ScoringSpec)):
             model = model.build()
         _MODELS[packed] = model.to(_DEVICE[0] if _DEVICE else device)
     set_precision(settings)

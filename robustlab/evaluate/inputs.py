@@ -36,7 +36,7 @@ from robustlab.data.predictions import SavedPredictions
 
 from .executors import ProcessPool
 from .modelspec import ModelSpec
-from .plan import Plan, Sweep, as_items, instance_hint, make_plan, resolve_attacks, resolve_shifts
+from .plan import Plan, Sweep, as_items, instance_hint, make_plan, next_label, resolve_attacks, resolve_shifts
 from .saved import saved_plan
 from .units import is_out_of_memory
 
@@ -63,7 +63,7 @@ class Inputs:
     """
 
     model: Model
-    travels: Model | ModelSpec
+    travels: Any
     probed: tuple[Batch, ModelOutputs] | None
     was_training: bool
     source: Source
@@ -341,14 +341,21 @@ def resolve_detectors(detectors: Sequence[str | Detector]) -> dict[str, Detector
         detector = DETECTORS.get(item)() if isinstance(item, str) else item
         if not isinstance(detector, Detector):
             raise KindError("evaluate_under_shift", expected, f"{item!r}", instance_hint(item, "For example 'energy'."))
-        if not detector.name or detector.name in found:
+        if not detector.name:
             raise ConfigError(
                 "evaluate_under_shift",
-                "detectors with different names",
-                f"{detector.name or 'an unnamed one'!r}{' twice' if detector.name in found else ''}",
+                "detectors with names",
+                f"{type(detector).__name__} without one",
                 "Register the class under a name of its own: @robustlab.register_detector('vendor:name').",
             )
-        found[detector.name] = detector
+        if detector in found.values():
+            raise ConfigError(
+                "evaluate_under_shift", "different detectors", f"{detector.name!r} twice", "Leave one of them out."
+            )
+        name = detector.name
+        while name in found:
+            name = next_label(name)
+        found[name] = detector
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import subprocess
 import time
@@ -84,6 +85,7 @@ def make_manifest(
             "detector": frozen.detector,
             "score": frozen.score,
             "referral": frozen.referral,
+            "flags": {name: line if math.isfinite(line) else None for name, line in frozen.flags.items()},
         },
         "settings": dict(settings),
         "threat_model": threat_model(plan, source),

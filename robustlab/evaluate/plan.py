@@ -195,7 +195,7 @@ def make_plan(
             continue
         label = shift.label
         while label in taken:
-            label = _next_label(label)
+            label = next_label(label)
         taken.add(label)
         points = [severity for severity, _ in shift.budgets] if isinstance(shift, Attack) else sorted(wanted)
         made = Sweep(shift, _telling(tuple(_condition(shift, label, severity, spec) for severity in points)))
@@ -203,7 +203,8 @@ def make_plan(
     return Plan(tuple(sweeps), tuple(skipped), hiding=tuple(hiding))
 
 
-def _next_label(label: str) -> str:
+def next_label(label: str) -> str:
+    """Return a label that follows one that is taken: "pgd#2" after "pgd"."""
     stem, _, number = label.partition("#")
     return f"{stem}#{int(number or 1) + 1}"
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from robustlab.core.errors import DataFileError
-from robustlab.core.model import Capabilities, probe
+from robustlab.core.detector import Detector
+from robustlab.core.errors import ConfigError, DataFileError
+from robustlab.core.model import Capabilities, Model, probe
+from robustlab.core.source import Source
 from robustlab.core.spec import array_fingerprint
 
 from .cache import ModelEntry, find_model, model_key, open_cache
 from .diagnosis import Diagnosis
 from .doctor import examine_data, examine_model
 from .inputs import Inputs
+from .modelspec import ModelSpec
 from .saved import SAVED_CAPABILITIES
+from .scoring import AFTERWARDS, ScoringModel, ScoringSpec
 from .units import is_out_of_memory
 
 logger = logging.getLogger("robustlab")
@@ -96,6 +100,47 @@ def examine(inputs: Inputs, cache: str | Path | None, cluster: str | None) -> Pr
             ) from error
         entry = replace(entry, known=facts)
     return Preflight(capabilities, data.merged(diagnosis), entry)
+
+
+def fit_detectors(detectors: Mapping[str, Detector], model: Model, training: Source | None) -> None:
+    """Fit every detector that the model suits.
+
+    Raises:
+        ConfigError: A detector learns from data, there are none, and it has not been fitted before.
+    """
+    for name, detector in detectors.items():
+        if detector.skip_reason(model) is not None:
+            continue
+        if training is not None:
+            detector.fit(model, training)
+        elif detector.learns and not detector.is_fitted:
+            raise ConfigError(
+                f"detector {name!r}",
+                "in-distribution training data",
+                "fit=None",
+                "Pass fit=train (data the model was trained on, not val and not the test data), or a fitted detector.",
+            )
+
+
+def with_scores(inputs: Inputs, preflight: Preflight) -> tuple[Inputs, Preflight]:
+    """Return what the forward passes are to be run with, where detectors see more than logits."""
+    inside = {
+        name: detector
+        for name, detector in inputs.detectors.items()
+        if not detector.needs <= AFTERWARDS and detector.skip_reason(inputs.model) is None
+    }
+    if not inside or inputs.probed is None:
+        return inputs, preflight
+    model = ScoringModel(inputs.model, inside)
+    travels = ScoringSpec(inputs.travels, inside) if isinstance(inputs.travels, ModelSpec) else model
+    first, _ = inputs.probed
+    outputs = model.predict(first)
+    entry = preflight.entry
+    if entry is not None:
+        key = model_key(model, first.images)
+        entry = None if key is None else find_model(entry.folder.parent, key, outputs, new=True)
+    found = replace(inputs, model=model, travels=travels, probed=(first, outputs))
+    return found, replace(preflight, entry=entry)
 
 
 def _examined(inputs: Inputs) -> str:

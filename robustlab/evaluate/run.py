@@ -287,9 +287,10 @@ def make_store(
         arena: Where new scores lie.
         rows: int64 (M,) samples that were answered; None for all.
     """
-    reasons = {name: reason for name, d in detectors.items() if (reason := d.skip_reason(model)) is not None}
+    later = {name: detector for name, detector in detectors.items() if name not in scores}  # others: in the pass
+    reasons = {name: reason for name, d in later.items() if (reason := d.skip_reason(model)) is not None}
     found: dict[str, Tensor] = {}
-    for name, detector in detectors.items():
+    for name, detector in later.items():
         if name in reasons:
             found[name] = torch.full((len(logits),), torch.nan)
         else:
@@ -299,7 +300,7 @@ def make_store(
         logits=logits,
         labels=source.info.labels,
         task=model.task,
-        scores={**found, **scores},
+        scores={name: {**found, **scores}[name] for name in (*detectors, *(n for n in scores if n not in detectors))},
         score_reasons=reasons,
         groups=source.info.groups,
         clusters=clusters_of(source, cluster),

@@ -32,6 +32,7 @@ from .base import (
 from .calibration import calibration_test
 from .classification import ppv_at_prevalence
 from .failure_threshold import Scale, failure_threshold
+from .flags import fit_flags
 from .forecasts import bin_index
 from .group_table import GroupRow, group_table
 from .groups import GroupDifference
@@ -117,6 +118,7 @@ __all__ = [
     "excess_aurc",
     "expected_entropy",
     "failure_threshold",
+    "fit_flags",
     "fit_frozen",
     "fit_referral",
     "fit_thresholds",
@@ -187,7 +189,8 @@ def fit_frozen(store: PredictionStore, referral: float, detector: str = "") -> F
         decision.
     """
     if store.answers_only:
-        return Frozen(thresholds=None if store.labels is None else fit_thresholds(store), referral=referral)
+        thresholds = None if store.labels is None else fit_thresholds(store)
+        return Frozen(thresholds=thresholds, referral=referral, flags=fit_flags(store))
     sure, score = fit_referral(store, referral, detector)
     return Frozen(
         thresholds=None if store.labels is None else fit_thresholds(store),
@@ -195,4 +198,5 @@ def fit_frozen(store: PredictionStore, referral: float, detector: str = "") -> F
         detector="" if math.isnan(score) else detector,
         score=score,
         referral=referral,
+        flags=fit_flags(store),
     )

@@ -89,6 +89,8 @@ class Frozen:
         detector: Scorer whose score refers cases too; empty without validation data.
         score: Refer cases whose score is at or above this value; NaN without validation data.
         referral: Agreed share of referred cases.
+        flags: Scorer to the score at or above which an image is flagged as foreign: at most 5 % of the validation
+            images are.
     """
 
     thresholds: Tensor | None = None
@@ -96,6 +98,7 @@ class Frozen:
     detector: str = ""
     score: float = math.nan
     referral: float = 0.1
+    flags: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

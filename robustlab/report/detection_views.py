@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from . import views
+from . import ood_views, views
 from .report import Report
 from .rows import Row
 
@@ -35,7 +35,7 @@ class Passed:
 def duels(report: Report) -> list[Duel]:
     """Return AUROC of every score, in the order of the rows."""
     known = _conditions(report)
-    before = {(line.name, line.scorer): line.rows.get("auroc-ood") for line in views.ood(report)}
+    before = {(line.name, line.scorer): line.rows.get("auroc-ood") for line in ood_views.ood(report)}
     found = []
     for row in report.rows:
         condition = known.get((row.shift, round(row.severity, 6)))

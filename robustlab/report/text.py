@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
-from . import detection_views, group_views, views, words
+from . import detection_views, group_views, ood_views, views, words
 from .report import Report
 from .rows import Row
 
@@ -32,6 +32,7 @@ def _blocks(report: Report) -> Iterable[list[str]]:
     yield list(_over(report))
     yield list(_trust(report))
     yield list(_ood(report))
+    yield list(_against(report))
     yield list(_detection(report))
     yield list(_groups(report))
     yield list(_truth(report))
@@ -94,12 +95,22 @@ def _trust(report: Report) -> Iterable[str]:
 
 
 def _ood(report: Report) -> Iterable[str]:
-    lines = [(line, line.rows["auroc-ood"]) for line in views.ood(report) if "auroc-ood" in line.rows]
+    lines = [(line, line.rows["auroc-ood"]) for line in ood_views.ood(report) if "auroc-ood" in line.rows]
     if lines:
         yield "Unfamiliar inputs: AUROC of the scores (95 % interval)"
     for line, row in lines:
         surer = "surer on these than on the data" if row.high < 0.5 else ""
         yield f"  {f'{line.name}, {line.scorer}'[:45]:<46}{words.estimate(row):<32}  n={row.n:,}  {surer}".rstrip()
+
+
+def _against(report: Report) -> Iterable[str]:
+    found = [item for item in ood_views.against_first(report) if item.name.endswith("/*")]
+    if found:
+        yield f"Scores against {found[0].first}: difference of AUROC over each group of sets (95 % interval)"
+    for item in found:
+        low, high = words.decimal(item.row.low, "+"), words.decimal(item.row.high, "+")
+        change = f"{words.decimal(item.row.value, '+')} ({low} to {high})"
+        yield f"  {f'{item.name}, {item.scorer}'[:45]:<46}{change:<28}n={item.row.n:<8,}{item.word}"
 
 
 def _detection(report: Report) -> Iterable[str]:

@@ -96,15 +96,6 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class OodLine:
-    """One detector on one out-of-distribution set."""
-
-    name: str
-    scorer: str
-    rows: Mapping[str, Row]
-
-
-@dataclass(frozen=True)
 class Over:
     """A metric of several conditions: one row a shift, or one for all of them."""
 
@@ -310,22 +301,6 @@ def curves(report: Report) -> list[Curve]:
         return min(values, default=math.inf)
 
     return sorted(found, key=lowest)
-
-
-def ood(report: Report) -> list[OodLine]:
-    """Return detector results on the OOD sets as they are, in the order of the rows."""
-    found: dict[tuple[str, str], dict[str, Row]] = {}
-    for row in report.rows:
-        if is_ood(row) and row.shift == "clean" and row.scorer:
-            name = row.data.split(" vs ", 1)[-1]
-            found.setdefault((name, row.scorer), {})[row.metric] = row
-    return [OodLine(name, scorer, rows) for (name, scorer), rows in found.items()]
-
-
-def ood_metrics(report: Report) -> list[str]:
-    """Return the OOD metrics that were computed, AUROC first."""
-    names = dict.fromkeys(row.metric for row in report.rows if is_ood(row) and row.shift == "clean" and row.scorer)
-    return sorted(names, key=lambda name: name != "auroc-ood")
 
 
 def is_ood(row: Row) -> bool:

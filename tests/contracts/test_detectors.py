@@ -13,7 +13,7 @@ from robustlab.core.types import ModelOutputs
 LOGITS_ONLY = [
     pytest.param(DETECTORS.get(name)(), id=name)
     for name in DETECTORS.names()
-    if DETECTORS.get(name).needs <= {Needs.LOGITS, Needs.OFFSET}
+    if DETECTORS.get(name).needs <= {Needs.LOGITS, Needs.OFFSET} and not hasattr(DETECTORS.get(name), "learn")
 ]
 TASKS = ("binary", "multiclass", "multilabel")
 
@@ -86,8 +86,15 @@ def test_configuration_round_trips_and_fit_returns_itself(name):
 @pytest.mark.parametrize("name", DETECTORS.names())
 def test_scores_that_need_the_offset_are_undefined_for_probabilities(name):
     detector = DETECTORS.get(name)()
-    probabilities = wrap(lambda images: images, output="probs", num_classes=2)
-    logits = wrap(lambda images: images, output="logits", num_classes=2)
+    net = torch.nn.Linear(3, 2).eval()
+    probabilities, logits = (wrap(net, output=kind, num_classes=2) for kind in ("probs", "logits"))
     reason = detector.skip_reason(probabilities)
     assert (reason is not None and "offset" in reason) == (Needs.OFFSET in detector.needs)
-    assert detector.skip_reason(logits) is None
+    reason = detector.skip_reason(logits)
+    assert (reason is not None and "members" in reason) == (Needs.MEMBERS in detector.needs)
+
+
+@pytest.mark.parametrize("name", [name for name in DETECTORS.names() if Needs.FEATURES in DETECTORS.get(name).needs])
+def test_features_of_a_function_are_undefined(name):
+    reason = DETECTORS.get(name)().skip_reason(wrap(lambda images: images, output="logits", num_classes=2))
+    assert "features" in reason

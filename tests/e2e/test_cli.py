@@ -188,3 +188,22 @@ def test_attack_writes_a_report_with_a_checklist(folder):
     odd = robustlab("attack", *arguments, "--eps", "1/255", "--task", "two", cwd=folder)
     assert odd.returncode == 2
     assert "--task binary, multiclass or multilabel" in odd.stderr
+
+
+def test_ood_compares_detectors(folder):
+    np.savez(
+        folder / "foreign.npz", test_images=np.random.default_rng(3).integers(0, 256, (30, 16, 16)).astype(np.uint8)
+    )
+    done = robustlab("ood", "network.py:tiny", "data.npz", "--weights", "weights.safetensors", "--ood",
+                     "far/noise=foreign.npz", "--detectors", "msp,knn,mds", "--shifts", "gamma", "--out", "ood",
+                     "--json", cwd=folder)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = {
+        row["scorer"] for row in rows_in(done.stdout) if row["data"] == "ID vs far/*" and row["metric"] == "auroc-ood"
+    }
+    assert found == {"msp", "knn", "mds"}
+    assert (folder / "ood" / "report.html").exists()
+    none = robustlab("ood", "network.py:tiny", "data.npz", "--weights", "weights.safetensors", "--ood",
+                     "far/noise=foreign.npz", "--fit", "none", "--detectors", "msp,knn", "--out", "no", cwd=folder)  # fmt: skip
+    assert none.returncode == 2
+    assert "fit=train" in none.stderr

@@ -14,7 +14,7 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from robustlab.report import detection_views, group_views, views, words
+from robustlab.report import detection_views, group_views, ood_views, views, words
 from robustlab.report.rows import Row
 
 from . import svg
@@ -109,11 +109,13 @@ def _context(report: Report) -> dict[str, Any]:
         "passed": detection_views.passed(report),
         "chance": _chance(data),
         "reliability": _reliability(report, bad),
-        "ood": views.ood(report),
+        "ood": ood_views.ood(report),
         "histograms": _histograms(report),
         "groups": group_views.groups(report),
         "over": views.over_conditions(report),
-        "ood_metrics": views.ood_metrics(report),
+        "against": ood_views.against_first(report),
+        "full_spectrum": ood_views.full_spectrum(report),
+        "ood_metrics": ood_views.ood_metrics(report),
         "truth": views.claims(report),
         "compared": views.compared(report),
         "defenses": _defenses(report, table),
@@ -192,8 +194,8 @@ def _bins(curve: Reliability) -> list[svg.Bin]:
 def _histograms(report: Report) -> list[tuple[str, str, Markup]]:
     """Return (set, scorer, chart) for the detector with the highest AUROC on each OOD set."""
     clean = report.predictions.get("clean")
-    best: dict[str, views.OodLine] = {}
-    for line in views.ood(report):
+    best: dict[str, ood_views.OodLine] = {}
+    for line in ood_views.ood(report):
         row = line.rows.get("auroc-ood")
         if row is not None and views.defined(row):
             rival = best.get(line.name)

@@ -8,7 +8,7 @@ from corruptions import PGD
 from corruptions.adversarial import DetectorAttack
 from robustlab.metrics.base import Frozen
 from robustlab.metrics.selective import referred
-from robustlab.report import views
+from robustlab.report import ood_views
 from tests.contracts.toys import Small, evaluate, source
 
 EPS = (4 / 255, 16 / 255)
@@ -100,7 +100,7 @@ def test_text_and_page_show_them(report, tmp_path):
     assert page.count('<th scope="row">hide-energy-linf</th>') == 2 * 2 * 2 + 2 * 2  # sets, budgets, scores; shares
     assert page.count('<th scope="row">alarm-msp-linf</th>') == 2 * 2 * 2 + 2
     clean = [row for row in report.rows if row.metric == "auroc-ood" and row.shift == "clean"]
-    assert len(views.ood(report)) == len(clean) == 4, "the table of unfamiliar inputs is of clean sets"
+    assert len(ood_views.ood(report)) == len(clean) == 4, "the table of unfamiliar inputs is of clean sets"
 
 
 def test_answers_are_kept_and_the_report_comes_back(report, tmp_path):
