@@ -53,7 +53,6 @@ def ood_report(
     device: str | torch.device | None = None,
     cache: str | Path | None = None,
     executor: Executor | None = None,
-    gallery: bool = False,
     progress: bool = True,
 ) -> Report:
     """Evaluate detectors of foreign inputs, with an interval on every number.
@@ -82,7 +81,6 @@ def ood_report(
         device: Where to run.
         cache: Folder that keeps answers and scores.
         executor: Where to run.
-        gallery: Put pictures of the most confusing images into the report.
         progress: Show a progress bar.
 
     Returns:

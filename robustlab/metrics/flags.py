@@ -42,14 +42,12 @@ def fit_flags(store: PredictionStore) -> dict[str, float]:
 
 
 class _Flagged(Metric):
-    from_answers = True
-
     def compute(self, store: PredictionStore, context: Context) -> list[MetricValue]:
         found = []
         for scorer, scores in store.scores.items():
-            known = ~torch.isnan(scores)
+            known = ~torch.isnan(scores) & store.finite
             if scorer not in context.frozen.flags or not bool(known.any()):
-                reason = store.score_reasons.get(scorer, "no_samples") if context.frozen.flags else "no_val"
+                reason = store.score_reasons.get(scorer, "no_samples" if context.frozen.flags else "no_val")
                 found.append(MetricValue(self.name, Estimate.undefined(reason), self.direction, scorer=scorer))
                 continue
             line = context.frozen.flags[scorer]
@@ -63,7 +61,7 @@ class _Flagged(Metric):
         return {
             scorer: float((scores[known] >= context.frozen.flags[scorer]).double().mean())
             for scorer, scores in store.scores.items()
-            if scorer in context.frozen.flags and bool((known := ~torch.isnan(scores)).any())
+            if scorer in context.frozen.flags and bool((known := ~torch.isnan(scores) & store.finite).any())
         }
 
 
@@ -72,6 +70,7 @@ class Detected(_Flagged):
     """Share of foreign images that a score flags, at the threshold that flags at most 5 % of the validation images."""
 
     on = "ood"
+    from_answers = True  # a score without logits brings its own reason
     title = "Detected at 5 % false alarms"
 
 

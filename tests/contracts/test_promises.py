@@ -288,7 +288,9 @@ def test_5_every_number_has_n_and_an_interval(full):
         assert row.low - 1e-12 <= middle <= row.high + 1e-12, row
         # identical predictions differ by nothing, and a risk that no coverage meets is met by none
         same = row.metric == "accuracy-drop" or row.method.startswith("identical predictions")
-        assert row.high > row.low or same or row.reason == "risk_not_met", row
+        # budgets are few: all of an interval may lie at one of them
+        few = row.metric == "minimal-budget"
+        assert row.high > row.low or same or few or row.reason == "risk_not_met", row
     undefined = sum(math.isnan(row.value) for row in full.rows)
     assert undefined < len(full.rows) / 10
 

@@ -204,6 +204,7 @@ def test_ood_compares_detectors(folder):
     assert found == {"msp", "knn", "mds"}
     assert (folder / "ood" / "report.html").exists()
     none = robustlab("ood", "network.py:tiny", "data.npz", "--weights", "weights.safetensors", "--ood",
-                     "far/noise=foreign.npz", "--fit", "none", "--detectors", "msp,knn", "--out", "no", cwd=folder)  # fmt: skip
+                     "far/noise=foreign.npz", "--fit", "none", "--detectors", "msp,knn", "--out", "no",
+                     cwd=folder)  # fmt: skip
     assert none.returncode == 2
     assert "fit=train" in none.stderr

@@ -152,7 +152,7 @@ def test_undefined_numbers_are_dashes_with_reasons(report, tmp_path):
 def test_a_bare_report_renders(tmp_path):
     text = " ".join(_read(Report((), {}).to_html(tmp_path / "bare.html")).text)
     assert "What was not tested" in text
-    assert "No attack was run" in text
+    assert "No attack on the answers was run" in text
 
 
 CHROMIUM = shutil.which("chromium")

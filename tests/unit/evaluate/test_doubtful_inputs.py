@@ -91,8 +91,11 @@ def test_pictures_of_a_failed_shift_are_left_out():
 
 
 def test_detectors_of_one_name_do_not_overwrite_each_other():
+    scores = evaluate(detectors=(Energy(), Energy(temperature=10.0))).predictions["clean"].scores
+    assert list(scores) == ["energy", "energy#2"]
+    assert not torch.equal(scores["energy"], scores["energy#2"])
     with pytest.raises(ConfigError, match="twice"):
-        evaluate(detectors=(Energy(), Energy(temperature=10.0)))
+        evaluate(detectors=(Energy(), Energy()))
 
 
 def test_worst_rows_keep_n_and_say_why_they_are_undefined():

@@ -115,7 +115,7 @@ def score(plan, stores, val, foreign, source):
             subject, condition, stores[condition.key], stores["clean"], context, None, source, ("site",)
         )
     rows += worst_rows(subject, plan.conditions[1:], stores, context, "worst")
-    rows += summary_rows(subject, plan.conditions[1:], stores, context, None)
+    rows += summary_rows(subject, plan.conditions[1:], [], stores, context, None)
     return rows + ood_rows(subject, "far", foreign, stores["clean"], context, None)
 
 
