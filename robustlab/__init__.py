@@ -129,6 +129,7 @@ if TYPE_CHECKING:
     from robustlab.evaluate.diagnosis import Diagnosis as Diagnosis
     from robustlab.evaluate.diagnosis import Finding as Finding
     from robustlab.evaluate.doctor import doctor as doctor
+    from robustlab.evaluate.ood import ood_report as ood_report
     from robustlab.metrics.store import PredictionStore as PredictionStore
     from robustlab.report.compare import compare as compare
     from robustlab.report.report import Report as Report

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from torch import Tensor
 
+from robustlab.core.attack import Goal
 from robustlab.core.detector import Detector
 from robustlab.core.errors import ConfigError, KindError
 from robustlab.core.model import Model
@@ -49,7 +49,7 @@ class DetectorAttack(Stepped):
         2020, 2007.08473.
     """
 
-    goal: Literal["hide", "alarm"] = field(default="hide", kw_only=True)
+    goal: Goal = field(default="hide", kw_only=True)
     detector: str | Detector = field(default="msp", kw_only=True)
 
     def __post_init__(self) -> None:

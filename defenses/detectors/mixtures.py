@@ -92,19 +92,24 @@ class GMM(OnFeatures):
         nearest = torch.cdist(points, means).argmin(1)
         shares = torch.nn.functional.one_hot(nearest, len(means)).to(points)
         before = -math.inf
+        mixture = self._of(points, shares)
         for _ in range(self.steps):
-            sizes = shares.sum(0).clamp_min(torch.finfo(points.dtype).tiny)
-            means = (shares.T @ points) / sizes[:, None]
-            spread = (shares.T @ points.square()) / sizes[:, None] - means.square()
-            mixture = _Mixture((sizes / len(points)).log(), means, spread.clamp_min(_FLOOR))
             joint = mixture.joint(points)
             density = joint.logsumexp(1, keepdim=True)
-            shares = (joint - density).exp()
             now = float(density.mean())
             if now - before < 1e-6:
                 break
             before = now
+            mixture = self._of(points, (joint - density).exp())
         return mixture
+
+    @staticmethod
+    def _of(points: Tensor, shares: Tensor) -> _Mixture:
+        """Return the mixture of points that belong to each component with these shares, float64 (N, K)."""
+        sizes = shares.sum(0).clamp_min(torch.finfo(points.dtype).tiny)
+        means = (shares.T @ points) / sizes[:, None]
+        spread = (shares.T @ points.square()) / sizes[:, None] - means.square()
+        return _Mixture((sizes / len(points)).log(), means, spread.clamp_min(_FLOOR))
 
     def _apart(self, points: Tensor) -> Tensor:
         """Return starting centres: each a point, drawn in proportion to its squared distance from those before."""

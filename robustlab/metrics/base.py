@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .stats import Resampler
 
 Direction = Literal["higher", "lower", "none"]
+On = Literal["labels", "ood", "groups", "conditions", "attacks"]
 Share = tuple[Tensor, Tensor]
 """Hits and rows, bool (N,) each: the share of hits among the rows."""
 Statistic = Callable[[Tensor], Tensor]
@@ -134,7 +135,7 @@ class AnyMetric(ABC):
     title: ClassVar[str] = ""
     direction: ClassVar[Direction] = "higher"
     default: ClassVar[bool] = False
-    on: ClassVar[Literal["labels", "ood", "groups", "conditions", "attacks"]] = "labels"
+    on: ClassVar[On] = "labels"
     from_answers: ClassVar[bool] = False
 
 
@@ -230,7 +231,7 @@ class Conditions:
 class ConditionMetric(AnyMetric):
     """A metric of one model over several conditions."""
 
-    on: ClassVar[Literal["conditions", "attacks"]] = "conditions"  # or only on those of attacks
+    on: ClassVar[On] = "conditions"  # or only on those of attacks
     each_shift: ClassVar[bool] = False  # one value a shift, attacks among them
 
     @abstractmethod
