@@ -24,6 +24,7 @@ from robustlab.report.rows import Row
 
 from .api import evaluate_under_shift
 from .plan import CLEAN
+from .score import Subject, make_row
 
 DETECTORS = ("msp", "energy", "gen", "react", "scale", "mds", "rmd", "knn", "vim", "residual")
 METRICS = (
@@ -153,38 +154,19 @@ class _Maker:
     """
 
     def __init__(self, report: Report, clean: PredictionStore) -> None:
-        self.model = report.manifest["model"]["name"]
+        self.subject = Subject(report.manifest["model"]["name"], report.manifest["data"]["name"])
         self.clean = clean
         self.scorers = list(clean.scores)
         settings = report.manifest["settings"]
         self.confidence = float(settings["confidence_level"])
-        frozen = Frozen(
-            flags={name: float(line) for name, line in (report.manifest["frozen"].get("flags") or {}).items()}
-        )
         resampler = Resampler(seed=int(report.manifest["seed"]), replicates=int(settings["replicates"]))
-        self.context = Context(resampler=resampler, frozen=frozen)
+        self.context = Context(resampler=resampler, frozen=Frozen())
 
     def row(self, name: str, scorer: str, metric: str, estimate: Estimate, *, target: str = "", group: str = "") -> Row:
         """Return a row about an OOD set."""
-        return Row(
-            model=self.model,
-            data=f"ID vs {name}",
-            shift=CLEAN.label,
-            severity=0.0,
-            amount=float("nan"),
-            unit="",
-            group=group,
-            target=target,
-            scorer=scorer,
-            metric=metric,
-            value=estimate.value,
-            low=estimate.low,
-            high=estimate.high,
-            n=estimate.n,
-            n_units=estimate.n_units,
-            method=estimate.method,
-            reason=estimate.reason,
-            direction="higher",
+        data = f"ID vs {name}"
+        return make_row(
+            self.subject, CLEAN, metric, estimate, "higher", group=group, target=target, scorer=scorer, data=data
         )
 
     def shifted_rows(self, shifted: Mapping[str, PredictionStore]) -> list[Row]:

@@ -109,3 +109,10 @@ def test_without_val_nothing_is_flagged_and_the_reason_is_told():
 def test_no_set_is_an_error():
     with pytest.raises(ConfigError, match="at least one foreign set"):
         report_of(ood={})
+
+
+def test_too_few_validation_images_flag_nothing():
+    report = report_of(val=source(count=10, seed=1), shifts=())
+    assert set(report.manifest["frozen"]["flags"].values()) == {None}
+    assert value(report, "far/c", "msp", "detected").value == 0
+    assert value(report, "near/*", "msp").n > 0
