@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from .base import ArrayFolds
 from .boundaries import FDBD, GradNorm
 from .distances import MDS, RMD, SHE
 from .ensembles import Disagreement, MutualInformation
@@ -28,7 +27,6 @@ __all__ = [
     "RMD",
     "SCALE",
     "SHE",
-    "ArrayFolds",
     "Disagreement",
     "Energy",
     "Entropy",

@@ -245,6 +245,21 @@ class OnFeatures(Learning):
         features = self.features(outputs)
         return features[torch.isfinite(features).all(1)]
 
+    def mean_features(self, folds: Folds) -> Tensor:
+        """Return the mean of the finite rows, float64 (D,).
+
+        Raises:
+            ConfigError: There are none.
+        """
+        total, count = torch.zeros(()), 0
+        for outputs, _ in folds:
+            features = self.finite(outputs)
+            total = total.to(features.device) + features.sum(0, dtype=torch.float64)
+            count += len(features)
+        if count == 0:
+            raise ConfigError(self.name, "in-distribution data with finite features", "none", "Pass some.")
+        return total / count
+
 
 def undefined(score: Tensor, *seen: Tensor) -> Tensor:
     """Return scores (N,), NaN where a row of what was looked at is not finite."""

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from robustlab.core.detector import Folds, Needs
-from robustlab.core.errors import ConfigError
 from robustlab.core.registry import DETECTORS
 from robustlab.core.types import ModelOutputs
 
@@ -37,17 +36,10 @@ class FDBD(OnFeatures):
 
     def learn(self, folds: Folds) -> dict[str, Tensor]:
         assert folds.head is not None  # noqa: S101 - fit_folds has checked it, for the type checkers
-        total, count = None, 0
-        for outputs, _ in folds:
-            features = self.finite(outputs)
-            part = features.sum(0, dtype=torch.float64)
-            total = part if total is None else total + part
-            count += len(features)
-        if total is None or count == 0:
-            raise ConfigError("fdbd", "in-distribution data with finite features", "none", "Pass some.")
+        mean = self.mean_features(folds)
         weight = folds.head.weight.detach().to(torch.float64)
         apart = torch.stack([(weight - row).norm(dim=1) for row in weight])
-        return {"mean": total / count, "apart": apart}
+        return {"mean": mean, "apart": apart}
 
     def score(self, outputs: ModelOutputs) -> Tensor:
         """Return float (N,); NaN in rows with NaN or infinite features or logits."""

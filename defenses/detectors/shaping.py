@@ -130,17 +130,9 @@ class DICE(Shaping):
         _share("DICE", "sparsity", self.sparsity)
 
     def learn(self, folds: Folds) -> dict[str, Tensor]:
-        total, count = None, 0
-        for outputs, _ in folds:
-            features = self.finite(outputs)
-            part = features.sum(0, dtype=torch.float64)
-            total = part if total is None else total + part
-            count += len(features)
-        if total is None or count == 0:
-            raise ConfigError("dice", "in-distribution data with finite features", "none", "Pass some.")
         learned = super().learn(folds)
         weight = learned["weight"]
-        share = weight.to(torch.float64) * (total / count).to(weight.device)
+        share = weight.to(torch.float64) * self.mean_features(folds).to(weight.device)
         return {**learned, "weight": torch.where(share > quantile(share, self.sparsity), weight, 0)}
 
     def shaped(self, features: Tensor) -> Tensor:
