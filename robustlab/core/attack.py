@@ -186,11 +186,12 @@ def project(images: Tensor, clean: Tensor, eps: float, norm: Norm) -> Tensor:
 
 
 def just_inside(images: Tensor, clean: Tensor, eps: float) -> Tensor:
-    """Return images of the L2 ball, those that rounding has left outside by more than half a millionth nearer by a bit.
+    """Return images of the L2 ball, those that rounding has left outside by more than 5e-7 nearer by a bit.
 
-    Scaling would not help: the last bits of many pixels round back to where they were.
+    Scaling would not help: the last bits of many pixels round back to where they were. Images that are less far outside
+    are left as they are, as the reference of Auto-PGD leaves them.
     """
-    outside = _length(images - clean) > eps * (1 + 5e-7)
+    outside = _length(images - clean) > eps + 5e-7
     return torch.where(outside, torch.nextafter(images, clean), images)
 
 
