@@ -118,6 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of each side; all if not given")
     parser.add_argument("--only", nargs="+", help="names of detectors")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -126,7 +127,7 @@ def main() -> None:
     train, labels, head = drawn(count, width, 0)
     test, _, _ = drawn(count, width, 1)
     test[: count // 2] *= 0.6  # what is foreign is weaker
-    threads = os.cpu_count() or 1
+    threads = options.threads
     torch.set_num_threads(threads)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
@@ -21,6 +21,8 @@ from robustlab.core.types import Batch, ModelOutputs
 BLOCK = 4096
 """Rows that are worked on at once."""
 
+_CACHED = 1 << 17  # numbers of a block that stay in a processor's cache
+_ON_DEVICE = 1 << 26
 _KEPT = 1 << 27  # numbers of a first pass that are kept for a second one: 512 MB
 
 BANK = 50_000
@@ -229,6 +231,16 @@ class OnFeatures(Learning):
         Raises:
             LabelError: There are no labels, or several a sample.
         """
+        features = self.features(outputs)
+        features, labels = finite_rows(features, self.one_label(labels).to(features.device))
+        return features, labels
+
+    def one_label(self, labels: Tensor | None) -> Tensor:
+        """Return labels (N,).
+
+        Raises:
+            LabelError: There are none, or several a sample.
+        """
         if labels is None or labels.ndim != 1:
             raise LabelError(
                 self.name or type(self).__name__,
@@ -236,14 +248,11 @@ class OnFeatures(Learning):
                 "none" if labels is None else f"labels of shape {tuple(labels.shape)}",
                 "Use a detector without classes, e.g. knn, vim or residual.",
             )
-        features = self.features(outputs)
-        rows = torch.isfinite(features).all(1)
-        return features[rows], labels.to(features.device)[rows]
+        return labels
 
     def finite(self, outputs: ModelOutputs) -> Tensor:
         """Return the finite rows of the features."""
-        features = self.features(outputs)
-        return features[torch.isfinite(features).all(1)]
+        return finite_rows(self.features(outputs))[0]
 
     def mean_features(self, folds: Folds) -> Tensor:
         """Return the mean of the finite rows, float64 (D,).
@@ -253,25 +262,67 @@ class OnFeatures(Learning):
         """
         total, count = torch.zeros(()), 0
         for outputs, _ in folds:
-            features = self.finite(outputs)
-            total = total.to(features.device) + features.sum(0, dtype=torch.float64)
-            count += len(features)
+            features = self.features(outputs)
+            for block in torch.split(features, block_rows(features)):
+                rows = finite_rows(block)[0]
+                total = total.to(features.device) + rows.sum(0).to(torch.float64)
+                count += len(rows)
         if count == 0:
             raise ConfigError(self.name, "in-distribution data with finite features", "none", "Pass some.")
         return total / count
 
 
+def block_rows(values: Tensor) -> int:
+    """Return how many rows (N, D) to work on at once.
+
+    On a processor what one step leaves is then still in the cache for the next; a GPU is filled.
+    """
+    numbers = _CACHED if values.device.type == "cpu" else _ON_DEVICE
+    return max(1, numbers // max(1, values[:1].numel()))
+
+
+def by_blocks(score: Callable[..., Tensor], *columns: Tensor) -> Tensor:
+    """Return ``score`` (n,) of blocks of rows of columns (N, ...), joined.
+
+    Args:
+        score: Takes as many blocks as there are columns.
+        columns: The first decides how many rows a block has.
+    """
+    rows = block_rows(columns[0])
+    return torch.cat([score(*parts) for parts in zip(*(torch.split(column, rows) for column in columns), strict=True)])
+
+
 def undefined(score: Tensor, *seen: Tensor) -> Tensor:
-    """Return scores (N,), NaN where a row of what was looked at is not finite."""
+    """Return scores (N,), NaN where what was looked at, (N,) or the sum of a row (N, D), is not finite.
+
+    That is where a number is not finite, or where numbers are such that nothing sensible can be made of them.
+    """
     for values in seen:
-        score = torch.where(torch.isfinite(values).all(1), score, torch.nan)
+        score = torch.where(torch.isfinite(values if values.ndim == 1 else values.sum(1)), score, torch.nan)
     return score
+
+
+def finite_rows(*columns: Tensor) -> tuple[Tensor, ...]:
+    """Return columns (N, ...) without the rows in which one of the floating-point ones has NaN or infinite numbers."""
+    seen = [column for column in columns if column.is_floating_point()]
+    if all(bool(torch.isfinite(values.sum(1)).all()) for values in seen):  # cheaper than to look at every number
+        return columns
+    rows = torch.stack([torch.isfinite(values).all(1) for values in seen]).all(0)
+    return tuple(column[rows] for column in columns)
 
 
 def unit(features: Tensor) -> Tensor:
     """Return rows of length 1; rows of zeros stay zeros."""
     length = features.norm(dim=1, keepdim=True)
     return features / torch.where(length > 0, length, 1)
+
+
+def products(rows: Tensor) -> Tensor:
+    """Return ``rows.T @ rows`` (D, D) of float64 (n, D)."""
+    if rows.device.type == "cpu":
+        array = rows.numpy()
+        return torch.from_numpy(array.T @ array)  # numpy sees the symmetry and does half of the work
+    return rows.T @ rows
 
 
 class Sampler:
@@ -286,20 +337,38 @@ class Sampler:
         self.limit = limit
         self.seed = seed
         self.seen = 0
-        self.keys: Tensor | None = None
-        self.rows: tuple[Tensor, ...] = ()
+        self._parts: list[tuple[Tensor, ...]] = []  # keys, and the columns
+        self._held = 0
 
     def add(self, *columns: Tensor) -> None:
         """Offer rows of one or more columns of equal length."""
         count = len(columns[0])
         places = torch.arange(self.seen, self.seen + count, dtype=torch.int64, device=columns[0].device)
-        keys = hashed(places + (self.seed << 40))
         self.seen += count
-        if self.keys is not None:
-            keys = torch.cat((self.keys, keys))
-            columns = tuple(torch.cat(pair) for pair in zip(self.rows, columns, strict=True))
+        self._parts.append((hashed(places + (self.seed << 40)), *columns))
+        self._held += count
+        if self._held > 2 * self.limit:
+            self._cut()
+
+    @property
+    def parts(self) -> list[tuple[Tensor, ...]]:
+        """The columns of the sample in pieces, in the order of the stream."""
+        if self._held > self.limit:
+            self._cut()
+        return [part[1:] for part in self._parts]
+
+    @property
+    def rows(self) -> tuple[Tensor, ...]:
+        """The columns of the sample, in the order of the stream; empty if nothing was offered."""
+        if len(self._parts) > 1:
+            self._cut()
+        return self.parts[0] if self._parts else ()
+
+    def _cut(self) -> None:
+        keys, *columns = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*self._parts, strict=True))
         if len(keys) > self.limit:
             # places rise within the sample, so that the order does not depend on the blocks
             kept = keys.topk(self.limit, largest=False, sorted=False).indices.sort().values
-            keys, columns = keys[kept], tuple(column[kept] for column in columns)
-        self.keys, self.rows = keys, columns
+            keys, columns = keys[kept], [column[kept] for column in columns]
+        self._parts = [(keys, *columns)]
+        self._held = len(keys)

@@ -12,7 +12,7 @@ from robustlab.core.detector import Folds, Needs
 from robustlab.core.registry import DETECTORS
 from robustlab.core.types import ModelOutputs
 
-from .base import OnFeatures, undefined
+from .base import OnFeatures, by_blocks, undefined
 
 
 @DETECTORS.register("fdbd")
@@ -46,11 +46,13 @@ class FDBD(OnFeatures):
         features = self.features(outputs)
         logits = outputs.logits.to(features.dtype)
         best, answer = logits.max(1, keepdim=True)
-        apart = self.numbers("apart", features)[answer.squeeze(1)]
-        ratio = torch.where(apart > 0, (best - logits) / torch.where(apart > 0, apart, 1), 0)
-        mean = ratio.sum(1) / (apart > 0).sum(1).clamp_min(1)
-        length = (features - self.numbers("mean", features)).norm(dim=1)
-        return undefined(-mean / length.clamp_min(torch.finfo(length.dtype).tiny), features, logits)
+        apart = self.numbers("apart", features)
+        # 1 / (distance x classes that have a boundary with the answer), 0 where there is none
+        share = torch.where(apart > 0, 1 / apart, 0) / (apart > 0).sum(1, keepdim=True).clamp_min(1)
+        mean = torch.linalg.vecdot(best - logits, share[answer.squeeze(1)])
+        centre = self.numbers("mean", features)
+        length = by_blocks(lambda block: (block - centre).norm(dim=1), features)
+        return undefined(-mean / length.clamp_min(torch.finfo(length.dtype).tiny), length, logits)
 
 
 @DETECTORS.register("gradnorm")
@@ -81,4 +83,5 @@ class GradNorm(OnFeatures):
         features = self.features(outputs)
         probs = outputs.logits.to(torch.float64).softmax(1)
         away = (probs - 1 / probs.shape[1]).abs().sum(1).to(features.dtype)
-        return undefined(-features.abs().sum(1) * away, features, outputs.logits)
+        length = by_blocks(lambda block: block.abs().sum(1), features)
+        return undefined(-length * away, length, outputs.logits)

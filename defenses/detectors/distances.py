@@ -13,9 +13,7 @@ from robustlab.core.errors import ConfigError, RangeError
 from robustlab.core.registry import DETECTORS
 from robustlab.core.types import ModelOutputs
 
-from .base import OnFeatures, undefined, unit
-
-_CELLS = 1 << 24  # numbers in one block of distances
+from .base import OnFeatures, block_rows, by_blocks, finite_rows, products, undefined, unit
 
 
 @dataclass(frozen=True)
@@ -43,18 +41,20 @@ class _Gaussian(OnFeatures):
         origin: Tensor | None = None
         sums = sizes = squares = torch.empty(0)
         for outputs, labels in folds:
-            features, labels = self.known(outputs, labels)
-            features = self.prepared(features).to(torch.float64)
-            if origin is None and len(features):
-                origin = features[0]
-                sums = features.new_zeros(folds.num_classes, len(origin))
-                sizes = features.new_zeros(folds.num_classes)
-                squares = features.new_zeros(len(origin), len(origin))
-            if origin is not None and len(features):
-                around = features - origin
-                sums.index_add_(0, labels, around)
-                sizes += torch.bincount(labels, minlength=len(sizes))
-                squares += around.T @ around
+            features, known = self.known(outputs, labels)
+            if len(features) == 0:
+                continue
+            if origin is None:
+                origin = self.prepared(features[:1])[0].to(torch.float64)
+                sums = origin.new_zeros(folds.num_classes, len(origin))
+                sizes = origin.new_zeros(folds.num_classes)
+                squares = origin.new_zeros(len(origin), len(origin))
+            rows = 4 * block_rows(features)  # a matrix product wants more of them
+            for block, classes in zip(torch.split(features, rows), torch.split(known, rows), strict=True):
+                around = self.prepared(block) - origin
+                sums.index_add_(0, classes, around)
+                squares += products(around)
+            sizes += torch.bincount(known, minlength=len(sizes))
         if origin is None:
             raise ConfigError(type(self).__name__, "in-distribution data with finite features", "none", "Pass some.")
         have = sizes > 0
@@ -85,13 +85,15 @@ class _Gaussian(OnFeatures):
         """Return the smallest squared distance (N,) from any of the means (K, D)."""
         # around their centre, as differences of large numbers lose digits
         centre = means.mean(0)
-        points, centres = (features - centre) @ whitening, (means - centre) @ whitening
-        rows = max(1, _CELLS // max(len(centres), points.shape[1]))
-        parts = []
-        for part in torch.split(points, rows):
-            nearest = torch.cdist(part, centres).argmin(1)
-            parts.append((part - centres[nearest]).square().sum(1))
-        return torch.cat(parts) if parts else points.sum(1)
+        centres = (means - centre) @ whitening
+        half = centres.square().sum(1) / 2
+
+        def nearest(block: Tensor) -> Tensor:
+            points = (self.prepared(block) - centre) @ whitening
+            near = torch.addmm(half, points, centres.T, alpha=-1).argmin(1) if len(centres) > 1 else [0]
+            return (points - centres[near]).square().sum(1)
+
+        return by_blocks(nearest, features)
 
 
 def oas(covariance: Tensor, count: float) -> float:
@@ -131,7 +133,8 @@ class MDS(_Gaussian):
         """Return float (N,), 0 or more; NaN in rows with NaN or infinite features."""
         features = self.features(outputs)
         means, whitening = (self.numbers(name, features) for name in ("means", "whitening"))
-        return undefined(self.squared(self.prepared(features), means, whitening), features)
+        score = self.squared(features, means, whitening)
+        return undefined(score, score)
 
 
 @DETECTORS.register("rmd")
@@ -163,12 +166,11 @@ class RMD(_Gaussian):
     def score(self, outputs: ModelOutputs) -> Tensor:
         """Return float (N,); NaN in rows with NaN or infinite features."""
         features = self.features(outputs)
-        points = self.prepared(features)
         means, whitening, centre, whitening_all = (
             self.numbers(name, features) for name in ("means", "whitening", "centre", "whitening_all")
         )
-        near, far = self.squared(points, means, whitening), self.squared(points, centre, whitening_all)
-        return undefined(near - far, features)
+        near, far = self.squared(features, means, whitening), self.squared(features, centre, whitening_all)
+        return undefined(near - far, near, far)
 
 
 @DETECTORS.register("she")
@@ -193,21 +195,28 @@ class SHE(OnFeatures):
         sums: Tensor | None = None
         sizes = torch.empty(0)
         for outputs, labels in folds:
-            features, known = self.known(outputs, labels)
-            answers = outputs.logits[torch.isfinite(self.features(outputs)).all(1)].argmax(1)
+            labels = self.one_label(labels).to(outputs.logits.device)
+            features, known, logits = finite_rows(self.features(outputs), labels, outputs.logits)
             if sums is None:
-                sums = torch.zeros(2, folds.num_classes, features.shape[1], dtype=torch.float64, device=features.device)
-                sizes = sums.new_zeros(2, folds.num_classes)
-            for kind, rows in enumerate((answers == known, torch.ones_like(known, dtype=torch.bool))):
-                sums[kind].index_add_(0, known[rows], features[rows].to(torch.float64))
-                sizes[kind] += torch.bincount(known[rows], minlength=folds.num_classes)
+                # of those answered right, then of the others
+                sums = torch.zeros(2 * folds.num_classes, features.shape[1], dtype=torch.float64).to(features.device)
+                sizes = sums.new_zeros(2 * folds.num_classes)
+            places = known + folds.num_classes * (logits.argmax(1) != known)
+            rows = 4 * block_rows(features)
+            for block, place in zip(torch.split(features, rows), torch.split(places, rows), strict=True):
+                sums.index_add_(0, place, block.to(torch.float64))
+            sizes += torch.bincount(places, minlength=len(sizes))
         if sums is None:
             raise ConfigError("she", "in-distribution data", "no samples", "Pass some.")
-        means = sums / sizes[..., None].clamp_min(1)
-        return {"means": torch.where(sizes[0, :, None] > 0, means[0], means[1])}
+        totals, counts = sums.view(2, folds.num_classes, -1), sizes.view(2, -1, 1)
+        right = totals[0] / counts[0].clamp_min(1)
+        return {"means": torch.where(counts[0] > 0, right, totals[1] / counts[1].clamp_min(1))}
 
     def score(self, outputs: ModelOutputs) -> Tensor:
         """Return float (N,); NaN in rows with NaN or infinite features or logits."""
         features = self.features(outputs)
         means = self.numbers("means", features)
-        return undefined(-(features * means[outputs.logits.argmax(1)]).sum(1), features, outputs.logits)
+        score = by_blocks(
+            lambda block, answers: -torch.linalg.vecdot(block, means[answers]), features, outputs.logits.argmax(1)
+        )
+        return undefined(score, score, outputs.logits)

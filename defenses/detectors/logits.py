@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,6 +14,41 @@ from robustlab.core.detector import Detector, Needs
 from robustlab.core.errors import RangeError
 from robustlab.core.registry import DETECTORS
 from robustlab.core.types import ModelOutputs
+
+from .base import block_rows, undefined
+
+
+def over_classes(score: Callable[[Tensor], Tensor], logits: Tensor, least: torch.dtype = torch.float32) -> Tensor:
+    """Return a score of blocks of logits that lie class by class, so that sums over classes are sums of long rows.
+
+    Args:
+        score: From float (C, n) to (n,).
+        logits: float (N, C).
+        least: Precision to work in, unless that of the logits is higher.
+
+    Returns:
+        float (N,), NaN in rows with NaN or infinite logits.
+    """
+    precision = torch.promote_types(logits.dtype, least)
+    parts = []
+    for block in torch.split(logits, block_rows(logits)):
+        columns = block.T.to(precision, copy=True, memory_format=torch.contiguous_format)
+        parts.append(undefined(score(columns), columns.T))
+    return torch.cat(parts)
+
+
+def _around_the_answer(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return, for logits (C, n), what confident answers do not make tie.
+
+    Returns:
+        Gaps z_c - z_y, -inf at the answer y (C, n); log((1 - p) / p) for p the largest probability (n,); probabilities
+        of the others over the largest of them, 0 at the answer (C, n), and the gap of that one (n,).
+    """
+    best, answer = logits.max(0, keepdim=True)
+    gaps = (logits - best).scatter(0, answer, -torch.inf)
+    second = gaps.amax(0).clamp_min(torch.finfo(gaps.dtype).min)
+    others = (gaps - second).exp()
+    return gaps, second + others.sum(0).log(), others, second
 
 
 @DETECTORS.register("msp")
@@ -31,15 +67,14 @@ class MSP(Detector):
     """
 
     def score(self, outputs: ModelOutputs) -> Tensor:
-        """Return float64 (N,); NaN in rows with NaN or infinite logits."""
-        logits = outputs.logits.to(torch.float64)
-        best = logits.amax(1, keepdim=True)
+        """Return float (N,); NaN in rows with NaN or infinite logits."""
         if outputs.task == "multilabel":
-            score = -best.squeeze(1)
-        else:
-            answer = logits.argmax(1, keepdim=True)
-            score = torch.logsumexp((logits - best).scatter(1, answer, -torch.inf), 1)
-        return torch.where(torch.isfinite(logits).all(1), score, torch.nan)
+            return _least_likely(outputs.logits)
+        return over_classes(lambda logits: _around_the_answer(logits)[1], outputs.logits)
+
+
+def _least_likely(logits: Tensor) -> Tensor:
+    return undefined(-logits.to(torch.promote_types(logits.dtype, torch.float32)).amax(1), logits)
 
 
 @DETECTORS.register("energy")
@@ -68,11 +103,17 @@ class Energy(Detector):
             raise RangeError("Energy", "a positive temperature", f"{self.temperature}", "1 is the usual value.")
 
     def score(self, outputs: ModelOutputs) -> Tensor:
-        """Return float64 (N,); NaN in rows with NaN or infinite logits."""
-        logits = outputs.logits.to(torch.float64)
-        scaled = logits / self.temperature
-        total = F.softplus(scaled).sum(1) if outputs.task == "multilabel" else torch.logsumexp(scaled, 1)
-        return torch.where(torch.isfinite(logits).all(1), -self.temperature * total, torch.nan)
+        """Return float (N,); NaN in rows with NaN or infinite logits."""
+        temperature = self.temperature
+
+        def joint(logits: Tensor) -> Tensor:
+            return -temperature * F.softplus(logits / temperature).sum(0)
+
+        def energy(logits: Tensor) -> Tensor:
+            best = logits.amax(0)
+            return -temperature * ((logits - best) / temperature).exp().sum(0).log() - best
+
+        return over_classes(joint if outputs.task == "multilabel" else energy, outputs.logits)
 
 
 @DETECTORS.register("max-logit")
@@ -89,9 +130,8 @@ class MaxLogit(Detector):
     needs: ClassVar[frozenset[Needs]] = frozenset({Needs.LOGITS, Needs.OFFSET})
 
     def score(self, outputs: ModelOutputs) -> Tensor:
-        """Return float64 (N,); NaN in rows with NaN or infinite logits."""
-        logits = outputs.logits.to(torch.float64)
-        return torch.where(torch.isfinite(logits).all(1), -logits.amax(1), torch.nan)
+        """Return float (N,); NaN in rows with NaN or infinite logits."""
+        return _least_likely(outputs.logits)
 
 
 @DETECTORS.register("entropy")
@@ -107,34 +147,21 @@ class Entropy(Detector):
 
     def score(self, outputs: ModelOutputs) -> Tensor:
         """Return float64 (N,), 0 or more; NaN in rows with NaN or infinite logits."""
-        logits = outputs.logits.to(torch.float64)
-        finite = torch.isfinite(logits).all(1)
-        logits = torch.where(finite[:, None], logits, 0)
-        if outputs.task == "multilabel":
-            # the same for z and -z; p log p of the smaller probability keeps its digits
-            doubt = -logits.abs()
-            score = (F.softplus(doubt) - torch.sigmoid(doubt) * doubt).sum(1)
-        else:
-            others, right, gaps = _around_the_answer(logits)
-            # p log p of the answer, with log p = -log(1 + sum of the others over it)
-            score = right * torch.log1p(others) + (right[:, None] * gaps.exp() * _minus_log(gaps, others)).sum(1)
-        return torch.where(finite, score, torch.nan)
+        return over_classes(_doubts if outputs.task == "multilabel" else _doubt, outputs.logits)
 
 
-def _around_the_answer(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (sum of the other probabilities over that of the answer, probability of the answer, gaps of the others).
-
-    Gaps are z_c - z_y, -inf at the answer: float64 (N,), (N,), (N, C).
-    """
-    best, answer = logits.max(1, keepdim=True)
-    gaps = (logits - best).scatter(1, answer, -torch.inf)
-    others = gaps.exp().sum(1)
-    return others, 1 / (1 + others), gaps
+def _doubt(logits: Tensor) -> Tensor:
+    gaps, odds, others, second = _around_the_answer(logits)
+    # -sum p (gap - total), with total = -log p of the answer: no term is negative, so that no digits are lost; what is
+    # far below what single precision holds is one factor of the sum
+    total = F.softplus(odds.to(torch.float64))
+    return total - (second - total).exp() * (others * gaps.clamp_min(torch.finfo(gaps.dtype).min)).sum(0)
 
 
-def _minus_log(gaps: Tensor, others: Tensor) -> Tensor:
-    """Return -log p of the classes beside the answer, 0 at the answer."""
-    return torch.where(torch.isinf(gaps), 0, torch.log1p(others)[:, None] - gaps)
+def _doubts(logits: Tensor) -> Tensor:
+    # the same for z and -z; p log p of the smaller probability keeps its digits
+    doubt = -logits.abs().to(torch.float64)
+    return (F.softplus(doubt) - torch.sigmoid(doubt) * doubt).sum(0)
 
 
 @DETECTORS.register("gen")
@@ -164,20 +191,21 @@ class GEN(Detector):
             raise RangeError("GEN", "gamma in (0, 1] and top of 1 or more", got, "The authors use 0.1 and 100.")
 
     def score(self, outputs: ModelOutputs) -> Tensor:
-        """Return float64 (N,); NaN in rows with NaN or infinite logits."""
-        logits = outputs.logits.to(torch.float64)
-        finite = torch.isfinite(logits).all(1)
-        logits = torch.where(finite[:, None], logits, 0)
-        if outputs.task == "multilabel":
-            logs = F.logsigmoid(logits) + F.logsigmoid(-logits)
-            order = logits
-        else:
-            others, _, gaps = _around_the_answer(logits)
-            below = -_minus_log(gaps, others)
-            answer = torch.isinf(gaps)
-            own = others.log() - 2 * torch.log1p(others)  # log p + log(1 - p) of the answer
-            logs = torch.where(answer, own[:, None], below + torch.log1p(-below.exp().clamp_max(0.5)))
-            order = torch.where(answer, torch.inf, gaps)
-        if logs.shape[1] > self.top:
-            logs = logs.gather(1, order.topk(self.top, 1).indices)
-        return torch.where(finite, (self.gamma * logs).exp().sum(1), torch.nan)
+        """Return float (N,); NaN in rows with NaN or infinite logits."""
+        return over_classes(self._labels if outputs.task == "multilabel" else self._classes, outputs.logits)
+
+    def _labels(self, logits: Tensor) -> Tensor:
+        logs = F.logsigmoid(logits) + F.logsigmoid(-logits)
+        if len(logs) > self.top:
+            logs = logs.gather(0, logits.topk(self.top, 0, sorted=False).indices)
+        return (self.gamma * logs).exp().sum(0)
+
+    def _classes(self, logits: Tensor) -> Tensor:
+        gaps, odds, others, second = _around_the_answer(logits)
+        total = F.softplus(odds)  # -log p of the answer
+        probs = (others * (second - total).exp()).clamp_max(0.5)
+        # log p + log(1 - p): -inf at the answer, whose own is odds - 2 total
+        logs = gaps + torch.log1p(-probs) - total
+        if len(logs) > self.top:
+            logs = logs.gather(0, gaps.topk(self.top - 1, 0, sorted=False).indices)
+        return (self.gamma * logs).exp().sum(0) + torch.exp(self.gamma * (odds - 2 * total))

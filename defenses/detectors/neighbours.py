@@ -13,7 +13,8 @@ from robustlab.core.errors import ConfigError, RangeError
 from robustlab.core.registry import DETECTORS
 from robustlab.core.types import ModelOutputs
 
-from .base import BANK, OnFeatures, Sampler, undefined, unit
+from .base import BANK, OnFeatures, Sampler, finite_rows, undefined, unit
+from .logits import Energy
 
 _CELLS = 1 << 26  # similarities that are held at once
 
@@ -33,9 +34,8 @@ class _Bank(OnFeatures):
         """Return a sample of unit features and their logits."""
         kept = Sampler(self.bank, self.seed)
         for outputs, _ in folds:
-            features = self.features(outputs)
-            rows = torch.isfinite(features).all(1) & torch.isfinite(outputs.logits).all(1)
-            kept.add(unit(features[rows]), outputs.logits[rows])
+            features, logits = finite_rows(self.features(outputs), outputs.logits)
+            kept.add(unit(features), logits)
         if not kept.rows or len(kept.rows[0]) == 0:
             raise ConfigError(self.name, "in-distribution data with finite features", "none", "Pass some.")
         return kept
@@ -76,7 +76,8 @@ class KNN(_Bank):
             place = (part @ bank.T).topk(k, 1, sorted=True).indices[:, -1]
             # the difference itself: 2 - 2 cos has no digits left for near neighbours
             found.append((part - bank[place]).norm(dim=1))
-        return undefined(torch.cat(found) if found else features.sum(1), features)
+        score = torch.cat(found)
+        return undefined(score, score)
 
 
 @DETECTORS.register("nnguide")
@@ -113,6 +114,5 @@ class NNGuide(_Bank):
         bank = self.numbers("bank", features)
         k = min(self.k, len(bank))
         parts = [(part @ bank.T).topk(k, 1, sorted=False).values.mean(1) for part in self.blocks(unit(features), bank)]
-        guidance = torch.cat(parts) if parts else features.sum(1)
-        energy = torch.logsumexp(outputs.logits.to(features.dtype), 1)
-        return undefined(-energy * guidance, features, outputs.logits)
+        score = Energy().score(outputs).to(features.dtype) * torch.cat(parts)
+        return undefined(score, score)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from robustlab.core.detector import Folds, Needs
@@ -15,7 +14,8 @@ from robustlab.core.model import Model
 from robustlab.core.registry import DETECTORS
 from robustlab.core.types import ModelOutputs
 
-from .base import Learning, undefined
+from .base import Learning, block_rows, finite_rows
+from .logits import over_classes
 
 _NEVER = -1e4  # log of a probability that was never seen: finite, so that 0 times it is 0
 
@@ -44,14 +44,15 @@ class KLMatching(Learning):
         for outputs, _ in folds:
             if outputs.task == "multilabel":
                 raise ConfigError("kl-matching", "one class a sample", "several labels", "Use another detector.")
-            logits = outputs.logits.to(torch.float64)
-            probs = logits[torch.isfinite(logits).all(1)].softmax(1)
+            logits = finite_rows(outputs.logits)[0]
             if not len(total):
-                total = probs.new_zeros(probs.shape[1], probs.shape[1])
-                count = probs.new_zeros(probs.shape[1])
-            answer = probs.argmax(1)
-            total.index_add_(0, answer, probs)
-            count += torch.bincount(answer, minlength=len(count))
+                total = torch.zeros(2 * [logits.shape[1]], dtype=torch.float64, device=logits.device)
+                count = total.new_zeros(len(total))
+            for block in torch.split(logits, block_rows(logits)):
+                log_probs, probs = _columns(block.T.to(torch.float64, copy=True, memory_format=torch.contiguous_format))
+                answer = log_probs.max(0).indices
+                total.index_add_(0, answer, probs.T)
+                count += torch.bincount(answer, minlength=len(count))
         if not len(total):
             raise ConfigError("kl-matching", "in-distribution data", "no samples", "Pass some.")
         templates = torch.where(
@@ -61,10 +62,18 @@ class KLMatching(Learning):
 
     def score(self, outputs: ModelOutputs) -> Tensor:
         """Return float64 (N,), 0 or more; NaN in rows with NaN or infinite logits."""
-        logits = outputs.logits.to(torch.float64)
-        finite = torch.isfinite(logits).all(1)
-        log_probs = F.log_softmax(torch.where(finite[:, None], logits, 0), 1)
-        probs = log_probs.exp()
-        templates = self.numbers("templates", probs).log().clamp_min(_NEVER)
-        own = (probs * log_probs).sum(1, keepdim=True)
-        return undefined((own - probs @ templates.T).amin(1), logits)
+        templates = self.learned["templates"].to(outputs.logits.device, torch.float64).log().clamp_min(_NEVER)
+
+        def divergence(logits: Tensor) -> Tensor:
+            log_probs, probs = _columns(logits)
+            return (probs * log_probs).sum(0) - (templates @ probs).amax(0)
+
+        return over_classes(divergence, outputs.logits, torch.float64)
+
+
+def _columns(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (log of the softmax, softmax) of logits (C, n)."""
+    gaps = logits - logits.amax(0)
+    probs = gaps.exp()
+    total = probs.sum(0)
+    return gaps - total.log(), probs / total

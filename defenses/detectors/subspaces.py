@@ -13,7 +13,8 @@ from robustlab.core.errors import ConfigError, RangeError
 from robustlab.core.registry import DETECTORS
 from robustlab.core.types import ModelOutputs
 
-from .base import OnFeatures, undefined
+from .base import OnFeatures, block_rows, by_blocks, finite_rows, products, undefined
+from .logits import Energy
 
 
 @DETECTORS.register("residual")
@@ -49,9 +50,10 @@ class Residual(OnFeatures):
         origin = -(torch.linalg.pinv(weight) @ bias)
         moment, count = torch.zeros(len(origin), len(origin)).to(origin), 0
         for outputs, _ in folds:
-            around = self.finite(outputs).to(torch.float64) - origin
-            moment += around.T @ around
-            count += len(around)
+            features = self.finite(outputs)
+            for block in torch.split(features, 4 * block_rows(features)):  # a matrix product wants more rows
+                moment += products(block - origin)
+            count += len(features)
         if count == 0:
             raise ConfigError(self.name, "in-distribution data with finite features", "none", "Pass some.")
         dim = _usual(len(origin)) if self.dim is None else self.dim
@@ -67,13 +69,12 @@ class Residual(OnFeatures):
             origin, outside = (self.numbers(name, features) for name in ("origin", "outside"))
         else:
             origin, outside = (learned[name].to(features) for name in ("origin", "outside"))
-        length: Tensor = ((features - origin) @ outside).norm(dim=1)
-        return length
+        return by_blocks(lambda block: ((block - origin) @ outside).norm(dim=1), features)
 
     def score(self, outputs: ModelOutputs) -> Tensor:
         """Return float (N,), 0 or more; NaN in rows with NaN or infinite features."""
-        features = self.features(outputs)
-        return undefined(self.residual(features), features)
+        score = self.residual(self.features(outputs))
+        return undefined(score, score)
 
 
 @DETECTORS.register("vim")
@@ -97,18 +98,17 @@ class ViM(Residual):
         learned = super().learn(folds)
         largest, length = torch.zeros(2, dtype=torch.float64, device=learned["origin"].device)
         for outputs, _ in folds:
-            features = self.features(outputs)
-            rows = torch.isfinite(features).all(1) & torch.isfinite(outputs.logits).all(1)
-            largest = largest + outputs.logits[rows].amax(1).sum(dtype=torch.float64)
-            length = length + self.residual(features[rows], learned).sum(dtype=torch.float64)
+            features, logits = finite_rows(self.features(outputs), outputs.logits)
+            largest = largest + logits.amax(1).sum(dtype=torch.float64)
+            length = length + self.residual(features, learned).sum(dtype=torch.float64)
         tiny = torch.finfo(torch.float64).tiny
         return {**learned, "scale": largest / length.clamp_min(tiny)}
 
     def score(self, outputs: ModelOutputs) -> Tensor:
         """Return float (N,); NaN in rows with NaN or infinite features or logits."""
         features = self.features(outputs)
-        energy = torch.logsumexp(outputs.logits.to(features.dtype), 1)
-        return undefined(self.numbers("scale", features) * self.residual(features) - energy, features, outputs.logits)
+        score = self.numbers("scale", features) * self.residual(features) + Energy().score(outputs)
+        return undefined(score, score)
 
 
 def _usual(width: int) -> int:

@@ -59,7 +59,7 @@ def test_confidence_of_a_linear_model_moves_by_the_dual_norm(goal, norm):
     best = before + reach if goal == "hide" else (before - reach).clamp_min(0)
     assert torch.allclose(after, best, atol=0.02 * reach)
     sign = 1 if goal == "hide" else -1
-    assert torch.allclose(found.margin.double(), sign * (before - after), atol=1e-5)
+    assert torch.allclose(found.margin, sign * (before - after), atol=1e-5)
     assert bool(found.success.all())
 
 
