@@ -1,0 +1,1 @@
+"""LaDiNE: diffusion models over the label, nested in one vision transformer."""
