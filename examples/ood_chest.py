@@ -59,7 +59,7 @@ def main() -> None:
         val=val,
         fit=train,
         ood=foreign,
-        detectors=tuple(name for name in DETECTORS.names() if name not in MEMBERS),
+        detectors=("msp", *(name for name in DETECTORS.names() if name not in ("msp", *MEMBERS))),
         shifts=("gaussian-noise", "gaussian-blur", "contrast-loss"),
         severities=(3,) if options.fast else (1, 3, 5),
         gallery=True,

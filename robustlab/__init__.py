@@ -34,6 +34,7 @@ _HOMES = {
     "robustlab.evaluate": ("ModelSpec", "ProcessPool", "evaluate_under_shift"),
     "robustlab.evaluate.diagnosis": ("Diagnosis", "Finding"),
     "robustlab.evaluate.doctor": ("doctor",),
+    "robustlab.evaluate.drift": ("Drift", "has_moved"),
     "robustlab.evaluate.locate": ("Location", "locate"),
     "robustlab.evaluate.ood": ("ood_report",),
     "robustlab.metrics.store": ("PredictionStore",),
@@ -50,6 +51,7 @@ __all__ = [
     "Defense",
     "Detector",
     "Diagnosis",
+    "Drift",
     "Finding",
     "ImageSpec",
     "Levels",
@@ -71,6 +73,7 @@ __all__ = [
     "compare",
     "doctor",
     "evaluate_under_shift",
+    "has_moved",
     "load_data",
     "load_predictions",
     "locate",
@@ -132,6 +135,10 @@ if TYPE_CHECKING:
     from robustlab.evaluate.diagnosis import Diagnosis as Diagnosis
     from robustlab.evaluate.diagnosis import Finding as Finding
     from robustlab.evaluate.doctor import doctor as doctor
+    from robustlab.evaluate.drift import Drift as Drift
+    from robustlab.evaluate.drift import has_moved as has_moved
+    from robustlab.evaluate.locate import Location as Location
+    from robustlab.evaluate.locate import locate as locate
     from robustlab.evaluate.ood import ood_report as ood_report
     from robustlab.metrics.store import PredictionStore as PredictionStore
     from robustlab.report.compare import compare as compare

@@ -1,5 +1,6 @@
 """Sources of images, the embedded phantoms, the writer of corrupted data sets, and saved predictions."""
 
+from .artefact import ArtefactSource, pasted_artefact
 from .load import load_data
 from .phantoms import HistologyPhantom, RadiographPhantom
 from .predictions import SavedPredictions, load_predictions
@@ -10,6 +11,7 @@ from .writer import write_corrupted
 
 __all__ = [
     "ArraySource",
+    "ArtefactSource",
     "DatasetSource",
     "FolderSource",
     "HeldOut",
@@ -21,6 +23,7 @@ __all__ = [
     "hold_out",
     "load_data",
     "load_predictions",
+    "pasted_artefact",
     "subset",
     "write_corrupted",
 ]

@@ -54,6 +54,7 @@ def ood_report(
     device: str | torch.device | None = None,
     cache: str | Path | None = None,
     executor: Executor | None = None,
+    gallery: bool = False,
     progress: bool = True,
 ) -> Report:
     """Evaluate detectors of foreign inputs, with an interval on every number.
@@ -82,6 +83,7 @@ def ood_report(
         device: Where to run.
         cache: Folder that keeps answers and scores.
         executor: Where to run.
+        gallery: Put example pictures into the report.
         progress: Show a progress bar.
 
     Returns:
@@ -116,6 +118,7 @@ def ood_report(
         device=device,
         cache=cache,
         executor=executor,
+        gallery=gallery,
         progress=progress,
     )
     return with_ood_rows(report)
