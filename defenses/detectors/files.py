@@ -10,7 +10,7 @@ import safetensors.torch
 from safetensors import safe_open
 
 from robustlab.core.detector import Detector
-from robustlab.core.errors import DataFileError
+from robustlab.core.errors import DataFileError, KindError
 from robustlab.core.spec import array_fingerprint, canonical_json, from_dict
 
 from .base import Learning
@@ -23,9 +23,16 @@ def save_detector(detector: Detector, path: str | Path) -> Path:
 
     Raises:
         NotFittedError: The detector learns from data, and has not been fitted.
-        KindError: Its configuration has no JSON form.
+        KindError: Its configuration has no JSON form, or it is another library's.
         DataFileError: The file cannot be written.
     """
+    if getattr(detector, "opaque", False):
+        raise KindError(
+            f"save_detector {path}",
+            "a detector of robustlab, whose numbers go into safetensors",
+            f"{detector.name!r}, an object of another library that only pickle could write",
+            "Fit it again, or save the detector of robustlab that does the same.",
+        )
     target = Path(path)
     learned = dict(detector.learned) if isinstance(detector, Learning) and detector.learns else {}
     tensors = {name: value.detach().cpu().contiguous() for name, value in learned.items()}

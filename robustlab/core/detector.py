@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .model import Model, why_no_features
 from .source import Source
+from .spec import array_fingerprint
 from .types import Batch, ModelOutputs
 
 
@@ -83,6 +84,11 @@ class Detector(ABC):
         """Fit on in-distribution training data; refitting forgets everything before. The default needs no fit."""
         del model, source
         return self
+
+    def state(self) -> str:
+        """Return a text that differs where what was learned differs; caches tell fitted detectors apart by it."""
+        learned = getattr(self, "_learned", None) or {}
+        return array_fingerprint(sorted(learned.items()))
 
     @abstractmethod
     def score(self, outputs: ModelOutputs) -> Tensor:
