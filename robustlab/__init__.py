@@ -35,6 +35,7 @@ _HOMES = {
     "robustlab.evaluate.diagnosis": ("Diagnosis", "Finding"),
     "robustlab.evaluate.doctor": ("doctor",),
     "robustlab.evaluate.ood": ("ood_report",),
+    "robustlab.evaluate.tuning": ("tune",),
     "robustlab.metrics.store": ("PredictionStore",),
     "robustlab.report.compare": ("compare",),
     "robustlab.report.report": ("Report",),
@@ -78,6 +79,7 @@ __all__ = [
     "register_detector",
     "register_metric",
     "resolve",
+    "tune",
     "wrap",
     "write_corrupted",
 ]
@@ -130,6 +132,7 @@ if TYPE_CHECKING:
     from robustlab.evaluate.diagnosis import Finding as Finding
     from robustlab.evaluate.doctor import doctor as doctor
     from robustlab.evaluate.ood import ood_report as ood_report
+    from robustlab.evaluate.tuning import tune as tune
     from robustlab.metrics.store import PredictionStore as PredictionStore
     from robustlab.report.compare import compare as compare
     from robustlab.report.report import Report as Report
