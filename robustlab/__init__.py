@@ -37,6 +37,7 @@ _HOMES = {
     "robustlab.evaluate.drift": ("Drift", "has_moved"),
     "robustlab.evaluate.locate": ("Location", "locate"),
     "robustlab.evaluate.ood": ("ood_report",),
+    "robustlab.evaluate.tuning": ("tune",),
     "robustlab.metrics.store": ("PredictionStore",),
     "robustlab.report.compare": ("compare",),
     "robustlab.report.report": ("Report",),
@@ -84,6 +85,7 @@ __all__ = [
     "register_detector",
     "register_metric",
     "resolve",
+    "tune",
     "wrap",
     "write_corrupted",
 ]
@@ -140,6 +142,7 @@ if TYPE_CHECKING:
     from robustlab.evaluate.locate import Location as Location
     from robustlab.evaluate.locate import locate as locate
     from robustlab.evaluate.ood import ood_report as ood_report
+    from robustlab.evaluate.tuning import tune as tune
     from robustlab.metrics.store import PredictionStore as PredictionStore
     from robustlab.report.compare import compare as compare
     from robustlab.report.report import Report as Report

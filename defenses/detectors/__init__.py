@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .adapter import FromPytorchOOD
 from .boundaries import FDBD, GradNorm
 from .distances import MDS, RMD, SHE
 from .ensembles import Disagreement, MutualInformation
@@ -30,6 +31,7 @@ __all__ = [
     "Disagreement",
     "Energy",
     "Entropy",
+    "FromPytorchOOD",
     "GradNorm",
     "KLMatching",
     "MaxLogit",

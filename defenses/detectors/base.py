@@ -217,13 +217,7 @@ class OnFeatures(Learning):
         Raises:
             ShapeError: The outputs lack them.
         """
-        found = outputs.features.get(self.tap)
-        if found is None or found.ndim != 2:
-            have = ", ".join(f"{name} {tuple(value.shape)}" for name, value in outputs.features.items()) or "none"
-            raise ShapeError(
-                self.name or type(self).__name__, f"features {self.tap!r} of shape (N, D)", have, "Name another tap."
-            )
-        return found if found.dtype == torch.float64 else found.to(torch.float32)
+        return tapped(outputs, self.tap, self.name or type(self).__name__)
 
     def known(self, outputs: ModelOutputs, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the finite rows of (features, labels int64 (M,)).
@@ -270,6 +264,19 @@ class OnFeatures(Learning):
         if count == 0:
             raise ConfigError(self.name, "in-distribution data with finite features", "none", "Pass some.")
         return total / count
+
+
+def tapped(outputs: ModelOutputs, tap: str, who: str) -> Tensor:
+    """Return features float32 or float64 (N, D).
+
+    Raises:
+        ShapeError: The outputs lack them.
+    """
+    found = outputs.features.get(tap)
+    if found is None or found.ndim != 2:
+        have = ", ".join(f"{name} {tuple(value.shape)}" for name, value in outputs.features.items()) or "none"
+        raise ShapeError(who, f"features {tap!r} of shape (N, D)", have, "Name another tap.")
+    return found if found.dtype == torch.float64 else found.to(torch.float32)
 
 
 def block_rows(values: Tensor) -> int:

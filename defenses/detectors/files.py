@@ -10,25 +10,34 @@ import safetensors.torch
 from safetensors import safe_open
 
 from robustlab.core.detector import Detector
-from robustlab.core.errors import DataFileError
+from robustlab.core.errors import DataFileError, KindError
 from robustlab.core.spec import array_fingerprint, canonical_json, from_dict
 
 from .base import Learning
 
 _FORMAT = "1"
+_SEEN = "tuned on: "  # before the names of sets whose images the settings were chosen on
 
 
 def save_detector(detector: Detector, path: str | Path) -> Path:
-    """Write a detector and what it has learned; the file appears complete or not at all.
+    """Write a detector, what it has learned and what images it was tuned on; the file appears complete or not at all.
 
     Raises:
         NotFittedError: The detector learns from data, and has not been fitted.
-        KindError: Its configuration has no JSON form.
+        KindError: Its configuration has no JSON form, or it is another library's.
         DataFileError: The file cannot be written.
     """
+    if getattr(detector, "opaque", False):
+        raise KindError(
+            f"save_detector {path}",
+            "a detector of robustlab, whose numbers go into safetensors",
+            f"{detector.name!r}, an object of another library that only pickle could write",
+            "Fit it again, or save the detector of robustlab that does the same.",
+        )
     target = Path(path)
     learned = dict(detector.learned) if isinstance(detector, Learning) and detector.learns else {}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in learned.items()}
+    seen = {f"{_SEEN}{name}": hashes for name, hashes in detector.tuned_on.items()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in {**learned, **seen}.items()}
     header = {
         "format": _FORMAT,
         "detector": canonical_json(detector),
@@ -67,6 +76,9 @@ def load_detector(path: str | Path) -> Detector:
     if not sound:
         raise DataFileError(who, "the numbers that were saved", "other ones", "Fit and save again.")
     detector: Detector = from_dict(config)
+    seen = {name.removeprefix(_SEEN): value for name, value in tensors.items() if name.startswith(_SEEN)}
+    if seen:
+        detector.remember(seen)
     if isinstance(detector, Learning) and detector.learns:
-        detector.keep(tensors)
+        detector.keep({name: value for name, value in tensors.items() if not name.startswith(_SEEN)})
     return detector

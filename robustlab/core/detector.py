@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar, Self
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .model import Model, why_no_features
 from .source import Source
+from .spec import array_fingerprint
 from .types import Batch, ModelOutputs
 
 
@@ -83,6 +84,22 @@ class Detector(ABC):
         """Fit on in-distribution training data; refitting forgets everything before. The default needs no fit."""
         del model, source
         return self
+
+    def state(self) -> str:
+        """Return a text that differs where what was learned differs; caches tell fitted detectors apart by it."""
+        learned = getattr(self, "_learned", None) or {}
+        return array_fingerprint(sorted(learned.items()))
+
+    @property
+    def tuned_on(self) -> Mapping[str, Tensor]:
+        """Role of a validation set to the hashes, int64 (M,), of the images that the settings were chosen on."""
+        found: Mapping[str, Tensor] = getattr(self, "_tuned_on", {})
+        return found
+
+    def remember(self, images: Mapping[str, Tensor]) -> None:
+        """Note what images the settings were chosen on; an evaluation on any of them is refused."""
+        # equality and identity are those of the configuration
+        object.__setattr__(self, "_tuned_on", dict(images))
 
     @abstractmethod
     def score(self, outputs: ModelOutputs) -> Tensor:

@@ -120,6 +120,11 @@ def _byte_code(code: object) -> str:
     return _word(code)
 
 
+def object_identity(value: object) -> str:
+    """Return a hash that differs where plain values, arrays, networks and functions inside an object differ."""
+    return hashlib.blake2b(_word(value).encode(), digest_size=16).hexdigest()
+
+
 def _tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Iterate over parameters and all buffers, also those that are not saved."""
     yield from root.named_parameters(remove_duplicate=False)

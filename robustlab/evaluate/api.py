@@ -25,6 +25,7 @@ from .checklist import check_trust, checklists
 from .engine import Predictions, aimed, predict_all
 from .gallery import make_gallery
 from .inputs import Inputs, check_numbers, check_places, class_names_of, load_inputs
+from .leaks import check_untuned
 from .manifest import make_manifest
 from .plan import CLEAN
 from .preflight import examine, fit_detectors, with_scores
@@ -134,6 +135,7 @@ def evaluate_under_shift(
         device=device,
         executor=executor,
     )
+    check_untuned(inputs.detectors, inputs.source, inputs.ood)
     preflight = examine(inputs, cache, cluster)
     fit_detectors(inputs.detectors, inputs.model, inputs.training)
     passes, kept = with_scores(inputs, preflight)

@@ -12,7 +12,7 @@ from torch import nn
 from robustlab.core.detector import Detector, Needs
 from robustlab.core.identity import model_identity
 from robustlab.core.model import Model
-from robustlab.core.spec import array_fingerprint, canonical_json
+from robustlab.core.spec import canonical_json
 from robustlab.core.taps import TappedModel
 from robustlab.core.types import Batch, ModelOutputs, Task
 
@@ -86,5 +86,4 @@ class ScoringSpec:
 
 def detector_identity(detector: Detector) -> str:
     """Return a text that differs where configurations, or what was learned, differ."""
-    learned = getattr(detector, "_learned", None) or {}
-    return f"{canonical_json(detector)} {array_fingerprint(sorted(learned.items()))}"
+    return f"{canonical_json(detector)} {detector.state()}"
