@@ -344,7 +344,7 @@ class Sampler:
         self.limit = limit
         self.seed = seed
         self.seen = 0
-        self._parts: list[tuple[Tensor, ...]] = []  # keys, and the columns
+        self._parts: list[tuple[Tensor, tuple[Tensor, ...]]] = []  # keys, and the columns
         self._held = 0
 
     def add(self, *columns: Tensor) -> None:
@@ -352,7 +352,7 @@ class Sampler:
         count = len(columns[0])
         places = torch.arange(self.seen, self.seen + count, dtype=torch.int64, device=columns[0].device)
         self.seen += count
-        self._parts.append((hashed(places + (self.seed << 40)), *columns))
+        self._parts.append((hashed(places + (self.seed << 40)), columns))
         self._held += count
         if self._held > 2 * self.limit:
             self._cut()
@@ -362,7 +362,7 @@ class Sampler:
         """The columns of the sample in pieces, in the order of the stream."""
         if self._held > self.limit:
             self._cut()
-        return [part[1:] for part in self._parts]
+        return [columns for _, columns in self._parts]
 
     @property
     def rows(self) -> tuple[Tensor, ...]:
@@ -372,10 +372,11 @@ class Sampler:
         return self.parts[0] if self._parts else ()
 
     def _cut(self) -> None:
-        keys, *columns = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*self._parts, strict=True))
+        keys = torch.cat([part for part, _ in self._parts])
+        columns = [torch.cat(parts) for parts in zip(*(part for _, part in self._parts), strict=True)]
         if len(keys) > self.limit:
             # places rise within the sample, so that the order does not depend on the blocks
             kept = keys.topk(self.limit, largest=False, sorted=False).indices.sort().values
             keys, columns = keys[kept], [column[kept] for column in columns]
-        self._parts = [(keys, *columns)]
+        self._parts = [(keys, tuple(columns))]
         self._held = len(keys)

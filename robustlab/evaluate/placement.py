@@ -161,8 +161,7 @@ class Placement:
             weights = times[:, self.units].to(statistics.device)
             total += np.cov((weights / weights.sum(1, keepdim=True) @ statistics).cpu().numpy().T)
         total = (1 - _SHRINK) * total + _SHRINK * np.diag(np.diag(total)) + 1e-10 * np.eye(len(total))
-        inverse: Vector = np.linalg.inv(np.linalg.cholesky(total))
-        return inverse
+        return np.asarray(np.linalg.inv(np.linalg.cholesky(total)), dtype=np.float64)
 
 
 class _Fit:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -426,6 +425,5 @@ def _settings(candidates: Sequence[Detector]) -> Iterator[str]:
 
 
 def _fields(detector: Detector) -> dict[str, Any]:
-    if getattr(detector, "opaque", False) or not dataclasses.is_dataclass(detector):
-        return {}
-    return {field.name: getattr(detector, field.name) for field in dataclasses.fields(detector) if field.init}
+    known = {} if getattr(detector, "opaque", False) else getattr(detector, "__dataclass_fields__", {})
+    return {name: getattr(detector, name) for name, field in known.items() if field.init}
