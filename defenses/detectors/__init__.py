@@ -8,6 +8,7 @@ from .distances import MDS, RMD, SHE
 from .ensembles import Disagreement, MutualInformation
 from .files import load_detector, save_detector
 from .gradients import ODIN
+from .layers import LayerMDS
 from .logits import GEN, MSP, Energy, Entropy, MaxLogit
 from .mixtures import GMM
 from .neighbours import KNN, NNGuide
@@ -34,6 +35,7 @@ __all__ = [
     "FromPytorchOOD",
     "GradNorm",
     "KLMatching",
+    "LayerMDS",
     "MaxLogit",
     "MutualInformation",
     "NNGuide",

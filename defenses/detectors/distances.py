@@ -79,7 +79,7 @@ class _Gaussian(OnFeatures):
         # directions without any spread say nothing where there is no shrinkage
         spread = values > values[-1].clamp_min(0) * width * torch.finfo(values.dtype).eps
         scale = torch.where(spread, values.clamp_min(torch.finfo(values.dtype).tiny).rsqrt(), 0)
-        return torch.mul(vectors, scale)
+        return torch.mul(vectors, scale).contiguous()  # as it comes out of a file, for the same bits
 
     def squared(self, features: Tensor, means: Tensor, whitening: Tensor) -> Tensor:
         """Return the smallest squared distance (N,) from any of the means (K, D)."""

@@ -171,9 +171,9 @@ def test_rows_that_are_not_finite_have_no_score_and_teach_nothing(name, value):
 
 
 INVARIANT = {
-    "mds": "linear", "rmd": "linear", "knn": "length", "nnguide": "turn", "vim": "turn", "residual": "turn",
-    "she": "turn", "fdbd": "turn", "gmm": "scale", "gradnorm": "order", "kl-matching": "linear", "react": "order",
-    "dice": "order", "ash": "order", "scale": "order",
+    "mds": "linear", "mds-layers": "linear", "rmd": "linear", "knn": "length", "nnguide": "turn", "vim": "turn",
+    "residual": "turn", "she": "turn", "fdbd": "turn", "gmm": "scale", "gradnorm": "order", "kl-matching": "linear",
+    "react": "order", "dice": "order", "ash": "order", "scale": "order",
 }  # fmt: skip
 
 
@@ -194,7 +194,7 @@ def test_what_must_not_matter_does_not(name):
     else:
         change = 7.0 * torch.eye(WIDTH, dtype=torch.float64)
     moved = Head(last.weight.double() @ torch.linalg.inv(change), last.bias.double())
-    fields = {"shrinkage": 0.0} if name in ("mds", "rmd") else {}
+    fields = {"shrinkage": 0.0} if name in ("mds", "mds-layers", "rmd") else {}
     pair = [made(name, **fields) for _ in range(2)]
     plain = Head(last.weight.double(), last.bias.double())
 
