@@ -43,6 +43,7 @@ def ood(
     seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,
     batch_size: Annotated[int | None, typer.Option(help="Samples of a forward pass; automatic if not given.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")] = None,
+    gallery: Annotated[bool, typer.Option(help="Put pictures of the most confusing images into the report.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON instead of the summary.")] = False,
 ) -> None:
     """Compare detectors of foreign inputs on a model; write a report with intervals.
@@ -79,6 +80,7 @@ def ood(
         batch_size=batch_size,
         device=device,
         cache=out,
+        gallery=gallery,
     )
     report.save(out)
     page = report.to_html(out / "report.html")

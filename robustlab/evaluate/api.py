@@ -18,12 +18,12 @@ from robustlab.data.predictions import SavedPredictions
 from robustlab.metrics import Resampler, fit_frozen
 from robustlab.metrics.base import Context, Frozen
 from robustlab.metrics.store import PredictionStore
-from robustlab.report.report import Picture, Report
+from robustlab.report.report import Report
 from robustlab.report.rows import Row
 
 from .checklist import check_trust, checklists
 from .engine import Predictions, aimed, predict_all
-from .gallery import make_gallery
+from .gallery import confusing_pictures, make_gallery
 from .inputs import Inputs, check_numbers, check_places, class_names_of, load_inputs
 from .leaks import check_untuned
 from .manifest import make_manifest
@@ -191,11 +191,12 @@ def evaluate_under_shift(
             "replicates": replicates,
         },
     )
-    pictures: tuple[Picture, ...] = ()
+    stores = {**predictions.main.stores, **_foreign(predictions)}
+    report = Report(rows=tuple(rows), manifest=manifest, predictions=stores)
     if gallery and not isinstance(inputs.model, SavedPredictions):
         pictures = make_gallery(inputs.source, inputs.plan, inputs.model, seed, predictions.main.stores)
-    stores = {**predictions.main.stores, **_foreign(predictions)}
-    return Report(rows=tuple(rows), manifest=manifest, predictions=stores, gallery=pictures)
+        report = replace(report, gallery=(*pictures, *confusing_pictures(report, inputs.source, inputs.ood)))
+    return report
 
 
 def _foreign(predictions: Predictions) -> dict[str, PredictionStore]:

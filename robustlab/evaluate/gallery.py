@@ -14,7 +14,8 @@ from robustlab.core.model import Model
 from robustlab.core.shift import ShiftContext, as_stored
 from robustlab.core.source import Source
 from robustlab.metrics.store import PredictionStore
-from robustlab.report.report import Picture
+from robustlab.report.confusing import of_the_best
+from robustlab.report.report import Picture, Report
 
 from .plan import CLEAN, Plan
 
@@ -51,6 +52,30 @@ def make_gallery(
             images = as_stored(sweep.shift, sweep.shift.perform(batch, draws, condition.severity, ctx).images, ctx.spec)
             png = encode_png(images[0])
             pictures.append(Picture(condition.label, condition.severity, png, answer(condition.key)))
+    return tuple(pictures)
+
+
+def confusing_pictures(
+    report: Report, source: Source, ood: Mapping[str, Source], count: int = 4
+) -> tuple[Picture, ...]:
+    """Return what confuses the best score of each foreign set most: foreign images, and images of the data.
+
+    Args:
+        report: The report, with its predictions.
+        source: The data.
+        ood: Name to foreign data.
+        count: Pictures of each kind.
+    """
+    pictures = []
+    for item in of_the_best(report, count):
+        known = item.kind == "looks foreign"
+        images = source if known else ood[item.data]
+        store = report.predictions[CLEAN.key if known else f"ood:{item.data}"]
+        title = f"{item.data} {item.kind} to {item.scorer}"
+        for sample in item.samples:
+            row = int((images.info.ids == store.ids[sample.row]).nonzero()[0])
+            caption = f"{100 * sample.share:.0f} % {item.words}"
+            pictures.append(Picture(title, 0.0, encode_png(images.pixels([row])[0]), caption))
     return tuple(pictures)
 
 

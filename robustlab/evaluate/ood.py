@@ -83,7 +83,7 @@ def ood_report(
         device: Where to run.
         cache: Folder that keeps answers and scores.
         executor: Where to run.
-        gallery: Put example pictures into the report.
+        gallery: Put pictures into the report: an example, and the most confusing images.
         progress: Show a progress bar.
 
     Returns:

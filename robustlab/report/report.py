@@ -135,6 +135,24 @@ class Report:
 
         return pd.DataFrame(minimal_budgets(self))
 
+    def most_confusing(self, count: int = 5) -> pd.DataFrame:
+        """Return, for every score, the foreign samples that look most known, and the known ones that look most foreign.
+
+        Columns: ``scorer``, ``kind`` (``"looks known"`` or ``"looks foreign"``), ``data`` the set, ``sample`` its
+        hashed id, ``row`` its place in the predictions of that set, ``score``, and ``share``: of the known samples
+        those that look stranger, or of the foreign ones those that look more familiar.
+
+        Needs the predictions, which ``save`` keeps.
+
+        Args:
+            count: Samples of each set and score.
+        """
+        import pandas as pd
+
+        from .confusing import table
+
+        return pd.DataFrame(table(self, count))
+
     def to_json(self) -> str:
         """Return rows and manifest as JSON text; NaN is null, and the row's reason says why."""
         return files.to_json(self.rows, self.manifest)

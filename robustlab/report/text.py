@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
-from . import detection_views, group_views, ood_views, views, words
+from . import confusing, detection_views, group_views, ood_views, views, words
 from .report import Report
 from .rows import Row
 
@@ -33,6 +33,7 @@ def _blocks(report: Report) -> Iterable[list[str]]:
     yield list(_trust(report))
     yield list(_ood(report))
     yield list(_against(report))
+    yield list(_confusing(report))
     yield list(_detection(report))
     yield list(_groups(report))
     yield list(_truth(report))
@@ -111,6 +112,15 @@ def _against(report: Report) -> Iterable[str]:
         low, high = words.decimal(item.row.low, "+"), words.decimal(item.row.high, "+")
         change = f"{words.decimal(item.row.value, '+')} ({low} to {high})"
         yield f"  {f'{item.name}, {item.scorer}'[:45]:<46}{change:<28}n={item.row.n:<8,}{item.word}"
+
+
+def _confusing(report: Report) -> Iterable[str]:
+    found = confusing.of_the_best(report, 3)
+    if found:
+        yield "Most confusing for the best score: hashed id, and of the other side the share beyond it"
+    for item in found:
+        samples = ", ".join(f"{sample.name} ({100 * sample.share:.0f} %)" for sample in item.samples)
+        yield f"  {f'{item.data} {item.kind} to {item.scorer}'[:45]:<46}{samples}"
 
 
 def _detection(report: Report) -> Iterable[str]:

@@ -14,7 +14,7 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from robustlab.report import detection_views, group_views, ood_views, views, words
+from robustlab.report import confusing, detection_views, group_views, ood_views, views, words
 from robustlab.report.rows import Row
 
 from . import svg
@@ -110,7 +110,9 @@ def _context(report: Report) -> dict[str, Any]:
         "chance": _chance(data),
         "reliability": _reliability(report, bad),
         "ood": ood_views.ood(report),
+        "rocs": [(name, svg.roc_chart(curves, name)) for name, curves in ood_views.rocs(report).items()],
         "histograms": _histograms(report),
+        "confusing": _confusing(report),
         "groups": group_views.groups(report),
         "over": views.over_conditions(report),
         "against": ood_views.against_first(report),
@@ -213,6 +215,14 @@ def _histograms(report: Report) -> list[tuple[str, str, Markup]]:
     return found
 
 
+def _confusing(report: Report) -> list[tuple[str, list[confusing.Confusing]]]:
+    """Return what confuses each score most, by score."""
+    shelves: dict[str, list[confusing.Confusing]] = {}
+    for item in confusing.most_confusing(report):
+        shelves.setdefault(item.scorer, []).append(item)
+    return list(shelves.items())
+
+
 def _shares(inside: Tensor, outside: Tensor, bins: int = 32) -> tuple[list[float], list[float], tuple[float, float]]:
     """Return shares per bin of both samples on their common range, its outer 0.5 % at each end folded inwards."""
     kept = [part[torch.isfinite(part)].to(torch.float64) for part in (inside, outside)]
@@ -243,7 +253,7 @@ def _gallery(report: Report) -> list[tuple[str, list[tuple[str, str, str]]]]:
     shelves: dict[str, list[tuple[str, str, str]]] = {}
     for picture in report.gallery:
         source = "data:image/png;base64," + base64.b64encode(picture.png).decode()
-        name = "" if picture.condition == "clean" else f"severity {picture.severity:g}"
+        name = f"severity {picture.severity:g}" if picture.severity else ""
         shelves.setdefault(picture.condition, []).append((source, picture.caption, name))
     return list(shelves.items())
 

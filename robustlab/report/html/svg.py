@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 from robustlab.report import words
+from robustlab.report.ood_views import Roc
 from robustlab.report.rows import Row
 from robustlab.report.views import Curve, Drop, Point
 
@@ -237,6 +238,29 @@ def score_histogram(inside: Sequence[float], outside: Sequence[float], reach: _X
     body.append(_text(left, height - 8, f"{reach[0]:.3g}", "tick", "start"))
     body.append(_text((left + right) / 2, height - 8, "score; right is more unusual", "axis-title", "middle"))
     body.append(_text(right, height - 8, f"{reach[1]:.3g}", "tick", "end"))
+    return _svg(width, height, label, body)
+
+
+def roc_chart(curves: Sequence[Roc], name: str, named: int = 3) -> Markup:
+    """Draw the ROC curves of several scores on one set, the first few in colours and named, the others thin."""
+    size = 236
+    width, height = size + 36, size + 30
+    frame = Frame((34, 8, width - 10, height - 38), (0.0, 1.0))
+    left, _, right, bottom = frame.box
+    body = [_shares_axis(frame), _line(frame, (0.0, 0.0), (1.0, 1.0), "ref")]
+    for tick in _TICKS:
+        body.append(_text(frame.x(tick), bottom + 14, f"{100 * tick:.0f}", "tick", "middle"))
+    for curve in reversed(curves[named:]):
+        body.append(_polyline(frame, curve.points, "line thin other"))
+    for number, curve in reversed(list(enumerate(curves[:named]))):
+        body.append(_polyline(frame, curve.points, f"line acc a{number}"))
+        y = bottom - 8 - 14 * (min(named, len(curves)) - 1 - number)
+        text = f"{curve.scorer} {words.number('auroc-ood', curve.row.value)}"
+        body.append(_text(right - 6, y, text, f"tick strong k{number}", "end"))
+    body.append(_text((left + right) / 2, height - 8, "false alarms, %", "axis-title", "middle"))
+    label = f"ROC curves on {name}: share of foreign images found over share of known ones flagged. " + " ".join(
+        f"{curve.scorer}: AUROC {words.estimate(curve.row)}." for curve in curves
+    )
     return _svg(width, height, label, body)
 
 
