@@ -196,13 +196,14 @@ def test_ood_compares_detectors(folder):
     )
     done = robustlab("ood", "network.py:tiny", "data.npz", "--weights", "weights.safetensors", "--ood",
                      "far/noise=foreign.npz", "--detectors", "msp,knn,mds", "--shifts", "gamma", "--out", "ood",
-                     "--json", cwd=folder)  # fmt: skip
+                     "--gallery", "--json", cwd=folder)  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = {
         row["scorer"] for row in rows_in(done.stdout) if row["data"] == "ID vs far/*" and row["metric"] == "auroc-ood"
     }
     assert found == {"msp", "knn", "mds"}
-    assert (folder / "ood" / "report.html").exists()
+    assert "far/noise looks known to" in (folder / "ood" / "report.html").read_text(encoding="utf-8")
+    assert (folder / "ood" / "gallery.json").exists()
     none = robustlab("ood", "network.py:tiny", "data.npz", "--weights", "weights.safetensors", "--ood",
                      "far/noise=foreign.npz", "--fit", "none", "--detectors", "msp,knn", "--out", "no",
                      cwd=folder)  # fmt: skip
