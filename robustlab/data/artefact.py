@@ -13,7 +13,7 @@ from robustlab.core.rng import SampleRng
 from robustlab.core.source import Source
 
 _SEGMENTS = 24  # of the lead, a curve
-_SMALLEST = 16  # pixels of the shorter side in which the object can be drawn
+_SMALLEST = 12  # pixels of the shorter side in which the object can be drawn
 
 
 class ArtefactSource(Source):
@@ -64,7 +64,7 @@ def pasted_artefact(source: Source, *, size: float = 0.2, seed: int = 0) -> Sour
         seed: Seed of the draws.
 
     Raises:
-        RangeError: ``size`` makes no sense, or the images are below 16 pixels.
+        RangeError: ``size`` makes no sense, or the images are below 12 pixels.
 
     References:
         The idea: Anthony, Kamnitsas, On the use of Mahalanobis distance for out-of-distribution detection with neural

@@ -63,5 +63,5 @@ def test_sizes_that_make_no_sense_are_refused(size):
 
 
 def test_images_that_are_too_small_are_refused():
-    with pytest.raises(RangeError, match="16 pixels"):
+    with pytest.raises(RangeError, match="12 pixels"):
         pasted_artefact(grey(size=(8, 8)))
