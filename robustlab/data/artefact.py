@@ -10,6 +10,7 @@ from torch import Tensor
 
 from robustlab.core.errors import RangeError
 from robustlab.core.rng import SampleRng
+from robustlab.core.shift import quantize
 from robustlab.core.source import Source
 
 _SEGMENTS = 24  # of the lead, a curve
@@ -42,7 +43,7 @@ class ArtefactSource(Source):
         rng = SampleRng.make(self.seed, "artefact", self.own[torch.as_tensor(list(index), dtype=torch.int64)])
         cover = _drawn(rng, images.shape[2], images.shape[3], self.size)[:, None].to(images)
         brightness = (0.85 + 0.15 * rng.uniform("brightness")).to(images)[:, None, None, None]
-        return images + cover * (brightness - images)
+        return quantize(images + cover * (brightness - images), self.info.spec)
 
     def state(self) -> str:
         return f"artefact {self.size} {self.seed} {self.source.state()}"

@@ -28,6 +28,12 @@ def test_an_object_is_pasted_and_nothing_else_changes():
     assert float((change.abs() < 1e-6).float().mean()) > 0.8
 
 
+def test_edges_are_grey_levels_that_an_8_bit_file_holds():
+    levels = pasted_artefact(grey()).pixels(range(12)) * 255
+    assert float((levels - levels.round()).abs().max()) < 1e-4
+    assert len(torch.unique(levels.round())) > 20
+
+
 def test_the_object_depends_on_the_sample_and_the_seed_only():
     source = grey()
     whole = pasted_artefact(source).pixels(range(12))
