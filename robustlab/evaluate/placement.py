@@ -33,6 +33,9 @@ _BLOCK = 64
 _STAINS = ("haematoxylin", "eosin")
 _MOST_AXES = 4
 _ROUNDS = 8  # in which severities of several axes settle
+_NEARLY = 25.0  # chi-square above the best of what is looked at more closely
+_LOOKS = 3
+_APART = 0.05  # severities that are one
 
 
 @dataclass(frozen=True)
@@ -57,20 +60,28 @@ class _Way:
         direction: Words; empty for corruptions that go one way, or as drawn.
         signs: What takes the place of the drawn signs, for each of them.
         backwards: From the reference towards less of the corruption, straight on from its slightest severity.
-        curve: Statistics less those of the clean reference, at ``GRID``.
+        points: Severity to statistics less those of the clean reference, where they were simulated.
     """
 
     axis: Corruption
     direction: str = ""
     signs: tuple[int, ...] = ()
     backwards: bool = False
-    curve: PchipInterpolator | None = field(default=None, repr=False)
+    points: Mapping[float, Vector] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        known = sorted(self.points)
+        self.curve = PchipInterpolator(known, np.stack([self.points[at] for at in known])) if known else None
 
     def along(self, severity: float) -> Vector:
         """Return how far the statistics move."""
-        assert self.curve is not None  # noqa: S101 - set before anything is fitted
+        assert self.curve is not None  # noqa: S101 - there are points before anything is fitted
         found: Vector = -severity / GRID[1] * self.curve(GRID[1]) if self.backwards else self.curve(severity)
         return found
+
+
+_Trial = tuple[tuple[Vector, float], _Way]
+"""Severities and chi-square, and the way that was tried last."""
 
 
 class Placement:
@@ -89,10 +100,12 @@ class Placement:
         self.reference = reference.replace(from_bytes(to_bytes(reference.images)))
         self.clean = image_statistics(self.reference.images)
         self.start = self.clean.mean(0).cpu().numpy()
-        self.ways = [way for axis in axes for way in self._ways(axis)]
-        for way in self.ways:
-            points = np.stack([np.zeros_like(self.start), *(self.shift([(way, value)]) for value in GRID[1:])])
-            way.curve = PchipInterpolator(GRID, points)
+        still = {GRID[0]: np.zeros_like(self.start)}
+        self.ways = [
+            replace(way, points=still | {at: self.shift([(way, at)]) for at in GRID[1:]})
+            for axis in axes
+            for way in self._ways(axis)
+        ]
         back = [way for way in self.ways if way.axis.gradual and not way.signs]
         self.ways += [replace(way, backwards=True) for way in back]
 
@@ -169,7 +182,7 @@ class _Fit:
 
     def __init__(self, placement: Placement, target: Vector, units: int) -> None:
         self.placement = placement
-        self.ways = placement.ways
+        self.ways = list(placement.ways)
         self.target = target
         self.units = units
         self.unexplained = 1.0
@@ -207,6 +220,8 @@ class _Fit:
             trials = [(self._fit(whiten, [*chosen, way]), way) for way in free]
             if not trials:
                 break
+            if not chosen:
+                trials = self._looked_at(whiten, trials)
             least = min(value for (_, value), _ in trials)
             # less of something is a way out only where more of something else does not do
             close = [trial for trial in trials if trial[0][1] - least < _LINE]
@@ -236,6 +251,25 @@ class _Fit:
                 ways = [way for way in left if way.axis is axis and not way.backwards]
                 rows.append(self._left_row(whiten, chosen, severities, ways))
         return rows
+
+    def _looked_at(self, whiten: Vector, trials: Sequence[_Trial]) -> list[_Trial]:
+        """Return trials of single ways, those that fit nearly best with the severity they point at simulated.
+
+        Between the grid a curve is a guess, and not every corruption changes as smoothly as that.
+        """
+        least = min(value for (_, value), _ in trials)
+        found = []
+        for (values, value), way in trials:
+            for _ in range(_LOOKS):
+                at = float(values[-1])
+                if way.backwards or value - least > _NEARLY or min(abs(at - known) for known in way.points) < _APART:
+                    break
+                place = self.ways.index(way)
+                way = replace(way, points={**way.points, at: self.placement.shift([(way, at)])})
+                self.ways[place] = way
+                values, value = self._fit(whiten, [way])
+            found.append(((values, value), way))
+        return found
 
     def _together(self, whiten: Vector, chosen: Sequence[_Way], severities: Vector) -> tuple[Vector, float]:
         """Return severities and chi-square with the reference corrupted by all axes at once: curves do not just add."""

@@ -129,6 +129,16 @@ def test_two_axes_that_do_the_same_are_named():
 
 
 @needs_data
+def test_a_strong_blur_is_no_coarse_detector():
+    """Half-way between two simulated factors a coarser detector would fit better, if it changed as smoothly as that."""
+    site, reference = (real("busi_96", split, count) for split, count in (("train", 50), ("test", 200)))
+    moved = planted(site, ("gaussian-blur", 4.0))
+    found = robustlab.locate(moved, reference, axes=("gaussian-blur", "down-up-sampling"))
+    assert found["gaussian-blur"].status == "seen"
+    assert abs(found["gaussian-blur"].severity - 4) <= 0.5
+
+
+@needs_data
 def test_fewer_independent_images_widen_the_interval():
     site, reference = chest()
     moved = planted(site, ("contrast-loss", 2.0))
