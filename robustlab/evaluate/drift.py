@@ -13,8 +13,10 @@ from robustlab.core.model import Model, wrap
 from robustlab.core.source import Source
 from robustlab.core.taps import PENULTIMATE, TappedModel
 from robustlab.data import load_data, subset
-from robustlab.metrics.drift import holm, ks_by_feature, mmd
+from robustlab.metrics.drift import ks_by_feature, mmd
+from robustlab.metrics.stats import holm
 
+from .overlap import spread
 from .units import adapt
 
 _BATCH = 64
@@ -122,7 +124,7 @@ def has_moved(
     )
     rows = [part if codes is None else _means(part, codes) for part, codes in zip(features, units, strict=True)]
     statistic, each = ks_by_feature(*rows)
-    corrected = holm(each)
+    corrected = torch.tensor(holm(each.tolist()), dtype=torch.float64)
     order = corrected.argsort()[:_SHOWN].tolist()
     worst = float(corrected.min())
     p_value = min(1.0, 2 * min(p_together, worst))
@@ -142,7 +144,7 @@ def has_moved(
 
 def _few(source: Source) -> Source:
     """Return at most 2,000 of the images, spread over all: the first test compares all pairs."""
-    return source if len(source) <= _MOST else subset(source, torch.linspace(0, len(source) - 1, _MOST).long())
+    return source if len(source) <= _MOST else subset(source, spread(len(source), _MOST))
 
 
 def _features(view: Model, source: Source, spec: Any, tap: str) -> Tensor:

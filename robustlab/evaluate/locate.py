@@ -17,6 +17,7 @@ from robustlab.core.registry import CORRUPTIONS
 from robustlab.core.source import Source
 from robustlab.data import load_data, subset
 
+from .overlap import spread
 from .placement import Found, Placement
 from .units import adapt
 
@@ -204,16 +205,13 @@ def _source(data: Any) -> Source:
 
 def _few(source: Source) -> Source:
     """Return at most 200 of the images, spread over all of them."""
-    if len(source) <= _MOST:
-        return source
-    return subset(source, torch.linspace(0, len(source) - 1, _MOST).long())
+    return source if len(source) <= _MOST else subset(source, spread(len(source), _MOST))
 
 
 def _units(source: Source, cluster: str | None) -> torch.Tensor:
     if cluster is None:
         return torch.arange(len(source))
-    codes = source.column(cluster)
-    units: torch.Tensor = torch.unique(codes, return_inverse=True)[1]
+    units: torch.Tensor = torch.unique(source.column(cluster), return_inverse=True)[1]
     return units
 
 

@@ -97,15 +97,3 @@ def ks_by_feature(reference: Tensor, recent: Tensor) -> tuple[Tensor, Tensor]:
     _checked(reference, recent)
     found = ks_2samp(reference.double().cpu().numpy(), recent.double().cpu().numpy(), axis=0)
     return torch.as_tensor(found.statistic), torch.as_tensor(found.pvalue)
-
-
-def holm(p_values: Tensor) -> Tensor:
-    """Return p-values (D,) corrected for having been looked at together: one false alarm at most, with that chance.
-
-    References:
-        Holm, A simple sequentially rejective multiple test procedure, 1979.
-    """
-    ordered, places = p_values.sort()
-    factors = torch.arange(len(p_values), 0, -1, dtype=p_values.dtype)
-    stepped = torch.cummax(ordered * factors, 0).values.clamp_max(1)
-    return torch.empty_like(stepped).scatter_(0, places, stepped)

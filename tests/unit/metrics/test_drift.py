@@ -6,7 +6,8 @@ import torch
 from scipy.stats import binom, ks_2samp
 
 from robustlab.core.errors import ShapeError
-from robustlab.metrics.drift import holm, ks_by_feature, mmd
+from robustlab.metrics.drift import ks_by_feature, mmd
+from robustlab.metrics.stats import holm
 
 
 def drawn(seed, count=40, width=5, shift=0.0):
@@ -46,12 +47,6 @@ def test_ks_is_scipys_feature_by_feature_also_with_ties():
             assert float(p[column]) == pytest.approx(expected.pvalue, abs=1e-12)
 
 
-def test_holm_is_that_of_statsmodels():
-    multitest = pytest.importorskip("statsmodels.stats.multitest")
-    p = torch.rand(30, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 3
-    assert np.allclose(holm(p).numpy(), multitest.multipletests(p.numpy(), method="holm")[1], atol=1e-12)
-
-
 def bounds(count, share=0.05):
     return binom.ppf([0.0005, 0.9995], count, share)
 
@@ -62,7 +57,7 @@ def test_false_alarms_are_as_many_as_promised():
     for run in range(runs):
         x, y = drawn(2 * run), drawn(2 * run + 1, 25)
         alarms["mmd"] += mmd(x, y, permutations=99, seed=run)[1] <= 0.05
-        alarms["ks"] += float(holm(ks_by_feature(x, y)[1]).min()) <= 0.05
+        alarms["ks"] += min(holm(ks_by_feature(x, y)[1].tolist())) <= 0.05
     low, high = bounds(runs)
     assert low <= alarms["mmd"] <= high
     assert alarms["ks"] <= high  # discrete: it may be below
@@ -89,10 +84,9 @@ def test_what_moved_is_found():
     x, y = drawn(0, 80), drawn(1, 80)
     y[:, 3] += 1.5
     assert mmd(x, y)[1] < 0.01
-    corrected = holm(ks_by_feature(x, y)[1])
-    assert int(corrected.argmin()) == 3
-    assert float(corrected[3]) < 1e-4
-    assert float(corrected[[0, 1, 2, 4]].min()) > 0.05
+    corrected = holm(ks_by_feature(x, y)[1].tolist())
+    assert corrected[3] == min(corrected) < 1e-4
+    assert min(corrected[:3] + corrected[4:]) > 0.05
 
 
 def test_p_values_do_not_depend_on_the_global_generator():
