@@ -12,6 +12,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from robustlab.core.errors import ConfigError, LabelError, RangeError
+from robustlab.metrics.forecasts import bin_index, bin_totals
 
 Readout = Literal["mean", "mapped-mean", "mean-of-mapped", "mapped-twice"]
 """``"mean"``: the clipped mean, the consistent estimator (R0). ``"mapped-mean"``: as the paper writes it (R1).
@@ -132,9 +133,7 @@ def fit_iota(
 
 
 def _calibration_error(probs: Tensor, labels: Tensor) -> float:
-    """Expected calibration error of the answer in 10 bins [a, b) of equal width, the last closed."""
+    """Return the expected calibration error of the answer in 10 bins of equal width."""
     confidence, answer = probs.max(1)
-    bins = (confidence * _BINS).long().clamp_max(_BINS - 1)
-    gaps = torch.zeros(_BINS, dtype=torch.float64, device=probs.device)
-    gaps.index_add_(0, bins, (answer == labels).to(torch.float64) - confidence)
-    return float(gaps.abs().sum() / len(labels))
+    gaps = (answer == labels).to(confidence.dtype) - confidence
+    return float(bin_totals(bin_index(confidence, _BINS), gaps, _BINS).abs().sum() / len(labels))
