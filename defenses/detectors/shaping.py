@@ -128,7 +128,7 @@ def _around(parts: Sequence[Tensor], count: int, rank: int) -> tuple[int, Tensor
         return 0, torch.cat(list(parts))
     step = count // _SAMPLE
     sample = torch.cat(
-        [part[hashed(torch.arange(len(part) // step, device=part.device)) % len(part)] for part in parts]
+        [part[hashed(torch.arange(-(-len(part) // step), device=part.device)) % len(part)] for part in parts]
     )
     sample = sample.sort().values
     share = rank / count

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from defenses.detectors import SHE
 from defenses.detectors.base import Sampler, by_blocks, finite_rows, products, undefined
 from defenses.detectors.shaping import quantile
+from robustlab.core.types import ModelOutputs
 
 
 def streamed(values, limit, block, seed=0):
@@ -73,6 +75,12 @@ def test_quantiles_of_many_values_are_numpys(kind, share):
         assert float(quantile(share, *parts)) == pytest.approx(expected, rel=1e-6, abs=1e-7)
 
 
+def test_many_small_parts_are_looked_at():
+    values = many("normal")
+    parts = torch.split(values, 5)
+    assert float(quantile(0.9, *parts)) == pytest.approx(float(np.quantile(values.double().numpy(), 0.9)), abs=1e-7)
+
+
 def test_a_sample_that_misleads_costs_time_only(monkeypatch):
     """The places that are looked at all hold the largest values: the quantile must be found all the same."""
     values = many("normal")
@@ -120,3 +128,12 @@ def test_scores_are_undefined_where_what_was_seen_is():
 def test_products_are_those_of_matrices():
     rows = torch.randn(40, 7, dtype=torch.float64)
     assert torch.allclose(products(rows), rows.T @ rows, atol=1e-12)
+
+
+def test_templates_of_a_class_are_of_what_is_answered_right():
+    """Class 0 has a right and a wrong answer, class 1 only wrong ones, class 2 no sample."""
+    features = torch.tensor([[1.0, 0.0], [0.0, 5.0], [0.0, 2.0], [0.0, 4.0]])
+    logits = torch.tensor([[9.0, 0, 0], [0, 9, 0], [9, 0, 0], [9, 0, 0]])
+    outputs = ModelOutputs(logits=logits, features={"penultimate": features})
+    she = SHE().fit_outputs(outputs, torch.tensor([0, 0, 1, 1]))
+    assert she.learned["means"].tolist() == [[1, 0], [0, 3], [0, 0]]
