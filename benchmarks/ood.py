@@ -1,10 +1,10 @@
 """Detectors beside pytorch-ood on the same features: agreement of the ranks, time to fit and score, peak memory.
 
-    python -m benchmarks.ood [--quick] [--json FILE]
+    python -m benchmarks.ood [--quick] [--threads N] [--rounds N] [--json FILE]
 
 Features are drawn from a mixture of classes behind a ReLU, 50,000 x 512 to fit on and as many to score (2,000 x 64 with
---quick). Both sides get the same float32 arrays and all threads, one after the other, and the better of two rounds
-counts. A rank correlation below 1 is explained in ``docs/validation.md``.
+--quick). Both sides get the same float32 arrays and the same threads (all, or --threads), one after the other, and the
+best of the rounds counts. A rank correlation below 1 is explained in ``docs/validation.md``.
 """
 
 from __future__ import annotations
