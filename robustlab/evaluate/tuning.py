@@ -198,7 +198,8 @@ def tune(
         val_ood: Name to foreign validation data, of other sources than the test sets: what is foreign there must not
             be known here.
         fit: In-distribution training data, for detectors that learn.
-        cluster: Column with the independent unit, e.g. ``"patient"``, for the intervals.
+        cluster: Column with the independent unit, e.g. ``"patient"``, for the intervals; foreign sets without it are
+            taken as independent images.
         device: Where to run; the model's device if None.
 
     Returns:
@@ -207,6 +208,7 @@ def tune(
     Raises:
         ConfigError: There is no grid, no foreign set, no training data for a detector that learns, or the same images
             are in two sets.
+        UnknownNameError: ``val_id`` has no such column.
         RobustlabError: Something does not fit.
 
     References:
@@ -221,6 +223,8 @@ def tune(
         hint = "For example val_ood={'photos': photos}."
         raise KindError("tune", "val_ood as a mapping from a name to data", got, hint)
     foreign = {name: load_data(other) for name, other in val_ood.items()}
+    if cluster is not None:
+        inside.column(cluster)  # foreign sets may do without
     wrapped = _ready(model, training or inside, device)
     reason = candidates[0].skip_reason(wrapped)
     if reason is not None:

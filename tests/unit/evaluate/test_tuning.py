@@ -14,7 +14,7 @@ from torch import nn
 import robustlab
 from defenses.detectors import KNN, MSP, ODIN, FromPytorchOOD, ViM, load_detector, save_detector
 from robustlab.core.detector import Detector, Needs
-from robustlab.core.errors import ConfigError, KindError, RangeError
+from robustlab.core.errors import ConfigError, KindError, RangeError, UnknownNameError
 from robustlab.core.registry import DETECTORS
 from robustlab.core.taps import TappedModel
 from robustlab.data import subset
@@ -163,6 +163,8 @@ def test_clusters_widen_the_intervals():
     _, table = tune(AXES, model(), val_id=inside, val_ood={"a": outside}, cluster="patient")
     assert (alone.trials[2].auroc.n_units, table.trials[2].auroc.n_units) == (80, 10)
     assert table.trials[2].auroc.value == alone.trials[2].auroc.value
+    with pytest.raises(UnknownNameError, match="site"):
+        tune(AXES, model(), val_id=inside, val_ood={"a": outside}, cluster="site")
 
 
 def test_every_grid_is_of_a_detector_and_makes_valid_settings():
