@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 import robustlab
-from robustlab.core.registry import DETECTORS
+from robustlab.core.registry import CORRUPTIONS, DETECTORS
+from robustlab.core.shift import ShiftContext, to_bytes
 from tests.contracts.toys import Small, source
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "how-to" / "ood.md").read_text(encoding="utf-8")
-REPORT, TUNE, SAVE, THEIRS = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+REPORT, TUNE, SITE, SAVE, THEIRS = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 
 
 class Plain(Small):
@@ -37,8 +38,17 @@ def names(tmp_path):
         "spare": source(count=50, seed=4),
         "other": source(count=30, seed=5),
         "photos": robustlab.load_data(photos),
+        "site": brighter(source(count=40, seed=6)),
         "folder": tmp_path,
     }
+
+
+def brighter(known):
+    """Return the images of a site whose exposure is that of severity 3."""
+    axis, batch = CORRUPTIONS.get("brightness")(), known.read(range(len(known)))
+    draws = {name: torch.ones_like(value) for name, value in axis.prepare(batch, ShiftContext()).items()}
+    moved = axis.perform(batch, draws, 3.0, ShiftContext()).images
+    return robustlab.load_data(to_bytes(moved).permute(0, 2, 3, 1).numpy())
 
 
 def run(code, names):
@@ -61,6 +71,15 @@ def test_tuning_and_keeping(names, capsys):
     names = run(SAVE, names)
     assert names["loaded"] == names["detector"]
     assert torch.equal(names["loaded"].score(names["outputs"]), names["detector"].score(names["outputs"]))
+
+
+def test_a_site_is_placed_and_seen_to_have_moved(names, capsys):
+    names = run(SITE, names)
+    assert abs(names["place"]["brightness"].severity - 3) < 0.5
+    assert names["drift"].moved
+    told = capsys.readouterr().out
+    assert "brightness" in told
+    assert "have moved" in told
 
 
 def test_detectors_of_pytorch_ood(names):
