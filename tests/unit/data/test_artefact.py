@@ -39,6 +39,7 @@ def test_the_object_depends_on_the_sample_and_the_seed_only():
     whole = pasted_artefact(source).pixels(range(12))
     part = pasted_artefact(subset(source, [7, 2])).pixels([0, 1])
     assert torch.equal(part, whole[[7, 2]])
+    assert torch.equal(pasted_artefact(source).pixels([5, 3]), whole[[5, 3]])
     assert not torch.equal(whole[0], whole[1])
     assert not torch.equal(pasted_artefact(source, seed=1).pixels([0]), whole[:1])
 
@@ -52,6 +53,9 @@ def test_labels_are_gone_and_ids_are_new():
     assert not bool(torch.isin(moved.info.ids, source.info.ids).any())
     assert len(torch.unique(moved.info.ids)) == 12
     assert moved.content_fingerprint() != source.content_fingerprint()
+    assert (
+        len({item.state() for item in (moved, pasted_artefact(source, size=0.3), pasted_artefact(source, seed=1))}) == 3
+    )
     assert moved.content_fingerprint() != pasted_artefact(source, size=0.3).content_fingerprint()
 
 

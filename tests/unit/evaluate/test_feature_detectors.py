@@ -8,6 +8,7 @@ from defenses import DeepEnsemble
 from defenses.detectors import KNN, MDS, ODIN, MutualInformation, ViM
 from robustlab.core.errors import ConfigError
 from robustlab.core.taps import TappedModel
+from robustlab.evaluate.scoring import ScoringModel
 from tests.contracts.toys import Small, source
 from tests.unit.evaluate import engine_toys as toys
 from tests.unit.evaluate.engine_toys import assert_same
@@ -45,6 +46,14 @@ def report():
 
 def whole(data):
     return data.read(range(len(data)))
+
+
+def test_features_are_not_carried_along():
+    model = wrapped()
+    detector = KNN().fit(model, train())
+    outputs = ScoringModel(model, {"knn": detector}).predict(whole(source(count=20)))
+    assert set(outputs.scores) == {"knn"}
+    assert not outputs.features
 
 
 def test_scores_are_those_of_the_features(report):

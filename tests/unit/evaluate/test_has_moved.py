@@ -7,6 +7,8 @@ from torch import nn
 
 import robustlab
 from robustlab.core.errors import RangeError, UnknownNameError
+from robustlab.core.taps import TappedModel
+from robustlab.metrics.drift import mmd
 from robustlab.train import seeded_init
 
 
@@ -60,7 +62,14 @@ def test_images_of_one_patient_are_one():
     apart = robustlab.has_moved(model(), *sources)
     together = robustlab.has_moved(model(), *sources, cluster="patient")
     assert together.units == (20, 10)
-    assert together.p_value > apart.p_value
+    for found in (apart, together):
+        assert found.p_value == min(1, 2 * min(found.mmd_p_value, found.ks_p_value))
+    view = TappedModel(model())
+    features = [view.predict(data.read(range(len(data)))).features["penultimate"] for data in sources]
+    codes = [data.column("patient") for data in sources]
+    value, p = mmd(*features, reference_units=codes[0], recent_units=codes[1])
+    assert together.mmd == pytest.approx(value, rel=1e-4)
+    assert together.mmd_p_value == pytest.approx(p, abs=0.01)
     with pytest.raises(UnknownNameError, match="site"):
         robustlab.has_moved(model(), *sources, cluster="site")
 

@@ -52,7 +52,8 @@ def test_a_planted_level_is_found_within_half_a_step(name, severity):
     place = found[name]
     assert place.status == "seen"
     assert abs(place.severity - severity) <= 0.5
-    assert place.low <= place.severity <= place.high
+    assert 0 < place.severity - place.low == pytest.approx(place.high - place.severity, abs=1e-9)
+    assert place.high - place.low < 1
     amount, unit = next(iter(CORRUPTIONS.get(name)().parameters(place.severity).values()))
     assert (place.amount, place.unit) == (pytest.approx(amount), unit)
     assert all(found[other].status != "seen" for other in FEW if other != name)
@@ -157,6 +158,15 @@ def test_other_sizes_are_resized_and_said_to_be():
     half = site.read(range(50)).images[:, :, ::2, ::2].permute(0, 2, 3, 1).squeeze(-1).mul(255).byte().numpy()
     found = robustlab.locate(half, reference, axes=("gaussian-noise",))
     assert any("48 x 48 to 96 x 96" in note for note in found.notes)
+
+
+@needs_data
+def test_colour_images_are_seen_as_grey_ones_beside_a_grey_reference():
+    site, reference = chest()
+    moved = planted(site, ("contrast-loss", 2.0)).read(range(50)).images.mul(255).round().byte()
+    coloured = moved.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    found = [robustlab.locate(images, reference, axes=("contrast-loss",)) for images in (moved[:, 0].numpy(), coloured)]
+    assert found[0]["contrast-loss"].severity == pytest.approx(found[1]["contrast-loss"].severity, abs=0.02)
 
 
 def test_bad_input_is_refused():

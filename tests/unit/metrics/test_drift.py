@@ -80,6 +80,14 @@ def test_patients_are_permuted_whole():
     assert apart > 0.5 * runs, "images of one patient taken as independent raise false alarms"
 
 
+def test_the_least_p_value_is_that_of_the_relabellings_that_there_are():
+    x, y = drawn(0, 20), drawn(1, 20, shift=5.0)
+    assert mmd(x, y, permutations=199)[1] == 1 / 200
+    # of two units on each side a third of all relabellings leave them together
+    units = torch.arange(20) // 10
+    assert mmd(x, y, reference_units=units, recent_units=units, permutations=199)[1] == pytest.approx(1 / 3, abs=0.1)
+
+
 def test_what_moved_is_found():
     x, y = drawn(0, 80), drawn(1, 80)
     y[:, 3] += 1.5

@@ -245,6 +245,25 @@ def test_the_loss_of_the_exact_term_is_least_at_the_true_logits():
     assert loss(0.7) < min(loss(0.6), loss(0.8))
 
 
+def test_the_loss_of_the_exact_term_is_that_of_the_class_posterior():
+    """Bayes' rule for one noisy label: prior times the density of y_t under each class, whatever the prior mean is."""
+    heads = BayesSkipHeads(1, 3, 4, width=8).double().eval()
+    prior = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    with torch.no_grad():
+        heads.trunk.last.weight.zero_()
+        heads.trunk.last.bias.copy_(prior.log())
+        latents = torch.tensor([[[2.0, -1.0, 0.3]]], dtype=torch.float64)
+        condition = heads.condition(torch.zeros(1, 1, 2, 2).double(), latents)
+        noise = torch.tensor([[[0.4, -1.1, 0.2]]], dtype=torch.float64)
+        found = heads.loss(condition, torch.tensor([1]), torch.tensor([400]), noise)
+    kept, lost = heads.schedule.kept[400], heads.schedule.lost[400]
+    mean = latents[0, 0].softmax(-1)
+    centres = math.sqrt(kept) * torch.eye(3).double() + (1 - math.sqrt(kept)) * mean
+    y = centres[1] + math.sqrt(lost) * noise[0, 0]
+    posterior = (prior.log() - (y - centres).square().sum(1) / (2 * lost)).softmax(0)
+    assert float(found) == pytest.approx(-math.log(float(posterior[1])), abs=1e-10)
+
+
 def test_ablations_draw_what_they_say():
     generator = torch.Generator().manual_seed(4)
     latents = torch.randn(K, B, A, generator=generator)

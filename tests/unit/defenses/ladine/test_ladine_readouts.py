@@ -73,6 +73,7 @@ def test_the_map_peaks_at_one_so_that_larger_means_can_lose():
 
 def test_a_mean_without_anything_positive_says_nothing():
     assert probabilities(-torch.ones(1, 3, 4), "mean").tolist() == [[0.25] * 4]
+    assert probabilities(torch.tensor([[[1.2, -0.2, 0.3]]]), "mean")[0].tolist() == pytest.approx([0.8, 0, 0.2])
 
 
 def test_votes_are_shares_and_ties_go_to_the_lowest_class():
